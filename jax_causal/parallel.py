@@ -1,0 +1,127 @@
+"""How a model is run: the seam where sharding enters.
+
+Model code is written once, against the `Parallel` protocol, and never mentions a mesh. `SingleDevice` is its plain
+form; a sharded form implements the same methods, each under its own mesh, on the same logical shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import jax
+from einops import rearrange
+
+from jax_causal import rope
+from jax_causal.attention import attention
+from jax_causal.cache import CacheLayout, KVCache, Placement
+
+
+class Parallel(Protocol):
+    """What a model asks of the way it is run. Implementations are hashable and static under `jax.jit`.
+
+    Shapes are logical (whole) ones: latents [B, F, C, h, w]; tokens [B, F, S, 4C]; activations [B, F, S, E];
+    q, k, v [B, F, S, N, D].
+    """
+
+    def shardings(self, abstract):
+        """A sharding for every leaf of a nested dict of `jax.ShapeDtypeStruct` (parameters)."""
+
+    def cache_parts(self, tokens: int) -> int:
+        """How many parts each frame's tokens are dealt over in the cache."""
+
+    def init_cache(
+        self, layout: CacheLayout, num_layers, batch, num_heads, head_dim, dtype, *, stacked
+    ) -> KVCache:
+        """An empty cache, laid out as attention wants it."""
+
+    def rope(self, frames, height: int, width: int, head_dim: int):
+        """Rotary factors [2, F, S, D/2] of a block, from the frame axis's [2, F, pairs]."""
+
+    def attend_cached(self, q, k, v, table, cache: KVCache, layer, placement: Placement, layout: CacheLayout):
+        """Rotates q and k, writes k and v to the cache, attends to all it holds: (out [B, F, S, N, D], cache)."""
+
+    def attend(self, q, k, v, table, frame_mask=None):
+        """Rotates q and k, then attends; `frame_mask` bool [F, F] says which frames see which (None: all)."""
+
+    def attend_text(self, q, k, v):
+        """Attends from q [B, F, S, N, D] to text k, v [B, text, N, D]: no rotation, no mask."""
+
+    def constrain(self, x, names):
+        """`x` laid out by the logical names of its axes; a hint to the partitioner."""
+
+    def to_tokens(self, latent, patch: int):
+        """Latent [B, F, C, h, w] to patch tokens [B, F, S, patch * patch * C], channel fastest."""
+
+    def from_tokens(self, tokens, patch: int, height: int, width: int):
+        """The inverse of `to_tokens`, for a token grid height x width."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SingleDevice:
+    """Everything on one device.
+
+    Attributes:
+      backend: attention back end, see `attention.attention`; "auto" chooses by what the device can do.
+      parts: parts that attention splits the keys into, to fill a device when queries are few.
+      unroll: run layers unrolled over per-layer arrays instead of scanning over stacked ones: slower to compile and
+        faster to run on a GPU. None means: unroll on an accelerator.
+    """
+
+    backend: str = "auto"
+    parts: int = 1
+    unroll: bool | None = None
+
+    @property
+    def unrolled(self) -> bool:
+        return jax.default_backend() == "gpu" if self.unroll is None else self.unroll
+
+    def shardings(self, abstract):
+        return jax.tree.map(lambda _: _first_device(), abstract)
+
+    def cache_parts(self, tokens: int) -> int:
+        return self.parts
+
+    def init_cache(self, layout, num_layers, batch, num_heads, head_dim, dtype, *, stacked):
+        sizes = (num_layers, batch, num_heads, head_dim)
+        return KVCache.zeros(layout, *sizes, dtype, stacked=stacked, device=_first_device())
+
+    def rope(self, frames, height, width, head_dim):
+        return rope.tables(frames, rope.spatial_factors(height, width, head_dim))
+
+    def attend_cached(self, q, k, v, table, cache, layer, placement, layout):
+        q, k = rope.rotate(q, table), rope.rotate(k, table)
+        cache = cache.write(layout, layer, placement.slots, k, v)
+        keys, values = cache.read(layer)
+        length = layout.part_length(placement.held)
+        out = attention(_tokens(q), keys, values, length=length, backend=self.backend)
+        return out.reshape(q.shape), cache
+
+    def attend(self, q, k, v, table, frame_mask=None):
+        q, k = rope.rotate(q, table), rope.rotate(k, table)
+        out = attention(_tokens(q), _tokens(k), _tokens(v), mask=frame_mask, backend=self.backend)
+        return out.reshape(q.shape)
+
+    def attend_text(self, q, k, v):
+        return attention(_tokens(q), k, v, backend=self.backend).reshape(q.shape)
+
+    def constrain(self, x, names):
+        return x
+
+    def to_tokens(self, latent, patch):
+        return rearrange(latent, "b f c (h p) (w q) -> b f (h w) (p q c)", p=patch, q=patch)
+
+    def from_tokens(self, tokens, patch, height, width):
+        return rearrange(
+            tokens, "b f (h w) (p q c) -> b f c (h p) (w q)", h=height, w=width, p=patch, q=patch
+        )
+
+
+def _tokens(x):
+    """[B, F, S, N, D] -> [B, F * S, N, D]."""
+    b, f, s, n, d = x.shape
+    return x.reshape(b, f * s, n, d)
+
+
+def _first_device():
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])

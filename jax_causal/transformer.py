@@ -1,0 +1,377 @@
+"""The diffusion transformer of Wan2.1 (arXiv:2503.20314), as run causally by Self-Forcing (arXiv:2506.08009).
+
+Tokens stay as [B, F, S, E] throughout: frames are a real axis, so per-frame modulation broadcasts and every device
+can hold the same slice of every frame. Latents enter and leave as patch tokens [B, F, S, 4C], channel fastest on
+both sides (the converter has reordered the patch embedding), so that nothing is permuted between passes.
+
+Parameters of the blocks are stacked over layers and scanned; `unroll` gives per-layer arrays instead, which a GPU
+runs faster and compiles more slowly. Both forms compute the same.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jax_causal import flow, modules
+from jax_causal.cache import CacheLayout, KVCache, Placement
+from jax_causal.config import TransformerConfig
+from jax_causal.parallel import Parallel
+
+ACTIVATION = ("batch", "frames", "tokens", "embed")
+
+
+class TextKV(NamedTuple):
+    """Cross-attention keys and values of all layers, fixed for a prompt: [L, B, text, N, D] or tuples over L."""
+
+    k: jax.Array | tuple[jax.Array, ...]
+    v: jax.Array | tuple[jax.Array, ...]
+
+
+def layer_norm(x, eps: float):
+    """Zero mean and unit variance over the last axis; fp32 statistics, no affine, dtype kept."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
+    return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x * rsqrt(mean(x^2) + eps) * scale over the last axis; the scale multiplies in the dtype of `x`."""
+
+    def __init__(self, dim: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(dim))
+        self.eps = eps
+
+    def __call__(self, x):
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * self.scale[...]
+
+
+class AffineLayerNorm(nnx.Module):
+    """`layer_norm` with scale and bias."""
+
+    def __init__(self, dim: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(dim))
+        self.bias = nnx.Param(jnp.zeros(dim))
+        self.eps = eps
+
+    def __call__(self, x):
+        return layer_norm(x, self.eps) * self.scale[...] + self.bias[...]
+
+
+class Attention(nnx.Module):
+    """Projections of one attention layer. Queries and keys are normalised over all heads jointly."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+        self.q, self.k, self.v, self.o = (nnx.Linear(config.dim, config.dim, rngs=rngs) for _ in "qkvo")
+        self.norm_q, self.norm_k = (RMSNorm(config.dim, config.eps) for _ in "qk")
+        self.num_heads = config.num_heads
+
+    def _heads(self, x):
+        return x.reshape(*x.shape[:-1], self.num_heads, -1)
+
+    def query(self, x):
+        """[..., E] -> [..., N, D]."""
+        return self._heads(self.norm_q(self.q(x)))
+
+    def key_value(self, x):
+        """[..., E] -> two of [..., N, D]."""
+        return self._heads(self.norm_k(self.k(x))), self._heads(self.v(x))
+
+    def output(self, x):
+        """[..., N, D] -> [..., E]."""
+        return self.o(x.reshape(*x.shape[:-2], -1))
+
+
+class MLP(nnx.Module):
+    """Linear, activation, linear."""
+
+    def __init__(self, sizes: tuple[int, int, int], activation, rngs: nnx.Rngs):
+        self.fc1 = nnx.Linear(sizes[0], sizes[1], rngs=rngs)
+        self.fc2 = nnx.Linear(sizes[1], sizes[2], rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x):
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+def gelu(x):
+    """The tanh form, which all of Wan2.1 uses; the erf form is off by 5e-4."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+class Block(nnx.Module):
+    """Self-attention, cross-attention and MLP, the first and last modulated per frame by the timestep."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+        dim = config.dim
+        self.modulation = nnx.Param(jax.random.normal(rngs.params(), (6, dim)) / dim**0.5)
+        self.self_attn = Attention(config, rngs)
+        self.cross_attn = Attention(config, rngs)
+        self.norm3 = AffineLayerNorm(dim, config.eps)
+        self.ffn = MLP((dim, config.ffn_dim, dim), gelu, rngs)
+        self.eps = config.eps
+
+    def __call__(self, x, time, text_k, text_v, attend, parallel: Parallel):
+        """Runs the block on x [B, F, S, E].
+
+        Args:
+          time: per-frame modulation [B, F, 6, E].
+          text_k, text_v: [B, text, N, D].
+          attend: (q, k, v) -> (out, carry): self-attention and whatever state it updates.
+
+        Returns:
+          x and the carry.
+        """
+        modulation = (self.modulation[...] + time)[:, :, :, None]  # [B, F, 6, 1, E]: broadcasts over tokens
+        shift1, scale1, gate1, shift2, scale2, gate2 = (modulation[:, :, i] for i in range(6))
+        with jax.named_scope("self_attention"):
+            y = layer_norm(x, self.eps) * (1 + scale1) + shift1
+            k, v = self.self_attn.key_value(y)
+            out, carry = attend(self.self_attn.query(y), k, v)
+            x = parallel.constrain(x + gate1 * self.self_attn.output(out), ACTIVATION)
+        with jax.named_scope("cross_attention"):
+            out = parallel.attend_text(self.cross_attn.query(self.norm3(x)), text_k, text_v)
+            x = parallel.constrain(x + self.cross_attn.output(out), ACTIVATION)
+        with jax.named_scope("mlp"):
+            y = layer_norm(x, self.eps) * (1 + scale2) + shift2
+            x = parallel.constrain(x + gate2 * self.ffn(y), ACTIVATION)
+        return x, carry
+
+
+class Head(nnx.Module):
+    """Final modulated norm and projection to patch tokens."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+        out = config.patch_size**2 * config.out_channels
+        self.modulation = nnx.Param(jax.random.normal(rngs.params(), (2, config.dim)) / config.dim**0.5)
+        self.linear = nnx.Linear(config.dim, out, rngs=rngs)
+        self.eps = config.eps
+
+    def __call__(self, x, time):
+        """x [B, F, S, E], time [B, F, E] -> [B, F, S, 4C]."""
+        shift, scale = self.modulation[...]
+        time = time[:, :, None]
+        return self.linear(layer_norm(x, self.eps) * (1 + scale + time) + shift + time)
+
+
+class CausalDiT(nnx.Module):
+    """The network: patch tokens, timesteps and text in, velocity out (as patch tokens).
+
+    With `unrolled`, blocks are separate modules instead of one stacked over layers.
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, unrolled: bool = False):
+        dim = config.dim
+        self.config = config
+        self.patch_embedding = nnx.Linear(config.patch_size**2 * config.in_channels, dim, rngs=rngs)
+        self.text_embedding = MLP((config.text_dim, dim, dim), gelu, rngs)
+        self.time_embedding = MLP((config.frequency_dim, dim, dim), jax.nn.silu, rngs)
+        self.time_projection = nnx.Linear(dim, 6 * dim, rngs=rngs)
+        self.head = Head(config, rngs)
+        if unrolled:
+            self.blocks = nnx.List([Block(config, rngs) for _ in range(config.num_layers)])
+        else:
+            stack = nnx.vmap(Block, in_axes=(None, 0), transform_metadata={nnx.PARTITION_NAME: None})
+            self.blocks = nnx.split_rngs(splits=config.num_layers)(lambda r: stack(config, r))(rngs)
+
+    # Embeddings.
+
+    def embed_time(self, t):
+        """Timesteps [B, F] in [0, 1000] -> (e [B, F, E] for the head, e0 [B, F, 6, E] for the blocks)."""
+        feature = flow.time_sinusoid(t, self.config.frequency_dim)
+        e = self.time_embedding(feature.astype(self.time_embedding.fc1.kernel.dtype))
+        return e, self.time_projection(jax.nn.silu(e)).reshape(*t.shape, 6, -1)
+
+    def embed_text(self, context) -> TextKV:
+        """Cross-attention keys and values of prompt embeddings [B, <= text_length, text_dim].
+
+        Shorter contexts are padded with zero vectors, which the biases then make nonzero and every query attends
+        to, exactly as in training.
+
+        Raises:
+          ValueError: more positions than `text_length`, or the wrong width.
+        """
+        length, width = self.config.text_length, self.config.text_dim
+        if context.shape[1] > length or context.shape[2] != width:
+            raise ValueError(
+                f"prompt embeddings must be [B, at most {length}, {width}], not {list(context.shape)}"
+            )
+        context = jnp.pad(context, ((0, 0), (0, length - context.shape[1]), (0, 0)))
+        text = self.text_embedding(context.astype(self.text_embedding.fc1.kernel.dtype))
+        if isinstance(self.blocks, nnx.List):
+            return TextKV(*zip(*(block.cross_attn.key_value(text) for block in self.blocks), strict=True))
+        graphdef, stacked = nnx.split(self.blocks.cross_attn)
+        pair = jax.lax.map(lambda layer: nnx.merge(graphdef, layer).key_value(text), stacked)
+        return TextKV(*pair)
+
+    # The forwards.
+
+    def denoise(
+        self,
+        x,
+        t,
+        text: TextKV,
+        cache: KVCache,
+        placement: Placement,
+        layout: CacheLayout,
+        grid: tuple[int, int],
+        parallel: Parallel,
+    ) -> tuple[jax.Array, KVCache]:
+        """One causal pass over a block, which joins (or replaces itself in) the cache before attending to it.
+
+        Args:
+          x: patch tokens [B, F, S, 4C].
+          t: timesteps [B, F'] where F' divides F; each covers F / F' frames.
+          text: from `embed_text`.
+          cache, placement, layout: where the block stands.
+          grid: token rows and columns of a frame; S is their product.
+          parallel: how to run.
+
+        Returns:
+          Velocity [B, F, S, 4C] and the cache with this block's keys and values.
+        """
+        table = parallel.rope(placement.frames, *grid, self.config.head_dim)
+
+        def attend(q, k, v, layer, cache):
+            return parallel.attend_cached(q, k, v, table, cache, layer, placement, layout)
+
+        x, e, cache = self._run(x, t, text, attend, cache, parallel)
+        return self.head(x, e), cache
+
+    def forward(self, x, t, text: TextKV, frames, grid, parallel: Parallel, *, frame_mask=None) -> jax.Array:
+        """One pass without a cache over whole clips, as the bidirectional model and training need it.
+
+        Args:
+          x: patch tokens [B, F, S, 4C].
+          t: timesteps [B, F'] where F' divides F (F' = 1: one per sample).
+          text: from `embed_text`.
+          frames: rotary factors of the frame axis [2, F, pairs], from `rope.frame_factors`.
+          grid: token rows and columns of a frame.
+          parallel: how to run.
+          frame_mask: static bool [F, F], query frame by key frame; None is full attention. See `block_causal_mask`.
+
+        Returns:
+          Velocity [B, F, S, 4C].
+        """
+        x, e = self._forward(x, t, text, frames, grid, parallel, frame_mask)
+        return self.head(x, e)
+
+    def teacher_forcing(
+        self, noisy, t, clean, text: TextKV, frames, grid, parallel: Parallel, *, frame_mask, clean_t=None
+    ) -> jax.Array:
+        """Velocity of `noisy` [B, F, S, 4C] given `clean` frames of the past of the same shape.
+
+        Both halves stand at the same positions; `frame_mask` is [2F, 2F], see `teacher_forcing_mask`. The clean
+        half is modulated with `clean_t` [B, F'] (default 0), the noisy half with `t`.
+        """
+        b, f = noisy.shape[:2]
+        clean_t = jnp.zeros_like(t) if clean_t is None else clean_t
+        times = jnp.concatenate([_per_frame(clean_t, f), _per_frame(t, f)], axis=1)
+        both = jnp.concatenate([clean, noisy], axis=1)
+        frames = jnp.concatenate([frames, frames], axis=1)
+        x, e = self._forward(both, times, text, frames, grid, parallel, frame_mask)
+        return self.head(x[:, f:], e[:, f:])
+
+    def _forward(self, x, t, text, frames, grid, parallel, frame_mask):
+        table = parallel.rope(frames, *grid, self.config.head_dim)
+
+        def attend(q, k, v, layer, carry):
+            return parallel.attend(q, k, v, table, frame_mask), carry
+
+        x, e, _ = self._run(x, t, text, attend, None, parallel)
+        return x, e
+
+    def _run(self, x, t, text, attend, carry, parallel):
+        """Embeddings and all blocks: (x [B, F, S, E], e [B, F, E], carry)."""
+        e, e0 = self.embed_time(t)
+        e, e0 = _per_frame(e, x.shape[1]), _per_frame(e0, x.shape[1])
+        x = parallel.constrain(self.patch_embedding(x), ACTIVATION)
+
+        def step(block, x, carry, k, v, layer):
+            return block(x, e0, k, v, lambda q, k, v: attend(q, k, v, layer, carry), parallel)
+
+        if isinstance(self.blocks, nnx.List):
+            for layer, block in enumerate(self.blocks):
+                x, carry = step(block, x, carry, text.k[layer], text.v[layer], layer)
+            return x, e, carry
+
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def body(state, layer):
+            params, k, v, index = layer
+            return step(nnx.merge(graphdef, params), *state, k, v, index), None
+
+        layers = (stacked, *text, jnp.arange(self.config.num_layers))
+        (x, carry), _ = jax.lax.scan(body, (x, carry), layers)
+        return x, e, carry
+
+
+def _per_frame(values, num_frames: int):
+    """Repeats [B, F', ...] along its second axis to F frames."""
+    groups = values.shape[1]
+    if num_frames % groups:
+        raise ValueError(f"{groups} timesteps cannot be shared evenly by {num_frames} frames")
+    return values if groups == num_frames else jnp.repeat(values, num_frames // groups, axis=1)
+
+
+# Frame masks of the training forwards: static numpy, query frame by key frame.
+
+
+def block_index(num_frames: int, block: int, independent_first: bool = False) -> np.ndarray:
+    """Block number of each frame [F]; with `independent_first` frame 0 is a block of its own."""
+    frames = np.arange(num_frames)
+    return (frames + block - 1) // block if independent_first else frames // block
+
+
+def block_causal_mask(blocks: np.ndarray, window: int | None = None) -> np.ndarray:
+    """bool [F, F]: a frame sees all blocks up to its own; a window is counted back from its own block's end."""
+    mask = blocks[:, None] >= blocks[None, :]
+    if window is not None:
+        end = np.searchsorted(blocks, blocks, side="right")
+        mask &= np.arange(len(blocks))[None, :] >= end[:, None] - window
+    return mask
+
+
+def teacher_forcing_mask(blocks: np.ndarray) -> np.ndarray:
+    """bool [2F, 2F] over [clean | noisy]: clean sees clean blocks up to its own; noisy sees strictly earlier clean
+    blocks and its own noisy block."""
+    own = blocks[:, None] == blocks[None, :]
+    earlier = blocks[:, None] > blocks[None, :]
+    return np.block([[earlier | own, np.zeros_like(own)], [earlier, own]])
+
+
+# Parameters.
+
+
+def init(config: TransformerConfig, key, dtype=jnp.float32) -> dict:
+    """Random stacked parameters."""
+    return modules.init(CausalDiT, config, key, dtype=dtype)
+
+
+def abstract(config: TransformerConfig, dtype=jnp.float32) -> dict:
+    """Shapes of the stacked parameters, the form of checkpoints."""
+    return modules.abstract(CausalDiT, config, dtype=dtype)
+
+
+def unroll(params: dict) -> dict:
+    """Stacked parameters with the blocks cut into per-layer arrays."""
+    stacked = params["blocks"]
+    num_layers = jax.tree.leaves(stacked)[0].shape[0]
+    return params | {"blocks": {i: jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(num_layers)}}
+
+
+def is_unrolled(params: dict) -> bool:
+    """Whether the blocks are per-layer arrays."""
+    return "self_attn" not in params["blocks"]
+
+
+def bind(config: TransformerConfig, params: dict) -> CausalDiT:
+    """The network holding `params`, stacked or unrolled; for use inside `jax.jit`."""
+    return modules.bind(CausalDiT, config, params, unrolled=is_unrolled(params))

@@ -1,0 +1,27 @@
+"""Test-wide set-up. Environment variables that JAX reads once are set before it is imported."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Fewer threads than virtual devices can deadlock CPU collectives; jaxlib sizes its pool by this.
+os.environ.setdefault("NPROC", "16")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# Tests compile much and compute little: code generation without optimisation is several times faster.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Parity with fp32 goldens needs true fp32 products wherever the tests run.
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "float32")
+
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run the slow tests too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--full"):
+        return
+    skip = pytest.mark.skip(reason="slow: runs under --full")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
