@@ -1,0 +1,208 @@
+"""Layers of the causal 3-D VAE of Wan2.1, channels last: activations are [B, T, H, W, C].
+
+Every layer that looks back in time takes a `Stream`, which hands it the frames it saw last and keeps
+those it will need next. Whole clips and chunks of any length therefore run through the same code and
+give the same frames.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+CONV_FORMS = ("auto", "3d", "folded")
+ACTIVATION_AXES = ("batch", "time", "height", "width", "channels")
+
+
+class Stream:
+    """One pass over one chunk: where layers find their history, and how they are run.
+
+    Attributes:
+      lone: leading frames that temporal resampling passes as they are: 1 at the start of a clip, else 0.
+      constrain: `constrain(x, ACTIVATION_AXES)` returns x, sharded as the caller wishes.
+      conv: form of the convolutions, see `causal_conv`.
+      next_state: the history for the next chunk, one array per layer in execution order.
+    """
+
+    def __init__(self, state, *, first: bool, constrain, conv: str):
+        if state is None and not first:
+            raise ValueError("a chunk that is not the first needs the state that the chunk before returned")
+        self.lone, self.constrain, self.conv = int(first), constrain, conv
+        self.next_state: list[jax.Array] = []
+        self._slots = None if first else iter(state)
+
+    def extend(self, x, frames: int):
+        """[B, T, ...] to [B, frames + T, ...]: x behind the last `frames` frames of the chunks before, zeros
+        at the start of a clip."""
+        shape = (x.shape[0], frames, *x.shape[2:])
+        history = jnp.zeros(shape, x.dtype) if self._slots is None else next(self._slots)
+        if history.shape != shape or history.dtype != x.dtype:
+            raise ValueError(
+                f"the state holds {history.dtype}{list(history.shape)} where this chunk needs "
+                f"{x.dtype}{list(shape)}: batch, size and dtype must be those of the chunk before; "
+                "begin another clip with first=True"
+            )
+        x = jnp.concatenate([history, x], axis=1)
+        self.next_state.append(x[:, -frames:])
+        return x
+
+
+def causal_conv(x, kernel, form: str, *, stride: int = 1):
+    """Convolution with 3 taps in time, valid there (T + 2 frames in, T out), zero-padded in space.
+
+    Args:
+      x: [B, T + 2, H, W, C]
+      kernel: [3, kh, kw, C, O], kh and kw odd
+      form: how it is computed; the forms agree to rounding. "3d": one 3-D convolution. "folded": one 2-D
+        convolution with the taps side by side in the channels, faster on GPUs and several times so on CPUs.
+        "auto": the faster.
+      stride: of the output frames
+
+    Returns:
+      [B, T / stride rounded up, H, W, O] in the dtype of x
+    """
+    if form == "auto":
+        form = "folded" if jax.default_backend() in ("cpu", "gpu") else "3d"
+    padding = [(size // 2, size // 2) for size in kernel.shape[1:3]]
+    if form == "3d":
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride, 1, 1), [(0, 0), *padding], dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+        )
+    frames = x.shape[1] - 2
+    taps = jnp.concatenate([x[:, t : t + frames : stride] for t in range(3)], axis=-1)
+    return _conv2d(taps, jnp.concatenate(list(kernel), axis=-2), padding)
+
+
+def _conv2d(x, kernel, padding):
+    """Each frame of [B, T, H, W, C] convolved with [kh, kw, C, O]."""
+    y = jax.lax.conv_general_dilated(
+        x.reshape(-1, *x.shape[2:]), kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return y.reshape(*x.shape[:2], *y.shape[1:])
+
+
+# One output row of a nearest-2x upsampled image sees 3 upsampled rows, hence 2 original ones:
+# [phase of the output row, original row, upsampled row] says which of the 3 taps fall on which.
+_PHASES = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
+
+
+def upsampling_conv(x, kernel):
+    """Nearest-neighbour 2x upsampling and a zero-padded 3x3 convolution, in one step on the small grid.
+
+    The sub-pixel form: a 2x2 convolution to 4 O channels, one group per output phase. The products are
+    those of the plain form with repeated ones merged, 4/9 of the work.
+
+    Args:
+      x: [B, T, H, W, C]
+      kernel: [3, 3, C, O]
+
+    Returns:
+      [B, T, 2 H, 2 W, O]
+    """
+    b, t, h, w, _ = x.shape
+    phases = jnp.einsum(
+        "pyi,qxj,ijco->yxcpqo", _PHASES, _PHASES, kernel.astype(jnp.float32), precision="highest"
+    )
+    kernel = phases.astype(x.dtype).reshape(2, 2, kernel.shape[2], -1)
+    y = _conv2d(x, kernel, [(1, 1), (1, 1)]).reshape(b, t, h + 1, w + 1, 2, 2, -1)
+    rows = [jnp.stack([y[:, :, p : p + h, q : q + w, p, q] for q in (0, 1)], axis=4) for p in (0, 1)]
+    return jnp.stack(rows, axis=3).reshape(b, t, 2 * h, 2 * w, -1)
+
+
+class CausalConv(nnx.Conv):
+    """Convolution with 3 taps in time that sees this frame and the two before; [B, T, H, W, C] to [.., O]."""
+
+    def __init__(self, in_features: int, out_features: int, *, spatial: int = 3, rngs: nnx.Rngs):
+        super().__init__(in_features, out_features, (3, spatial, spatial), rngs=rngs)
+
+    def __call__(self, x, stream: Stream):
+        return self.valid(stream.extend(x, 2), stream)
+
+    def valid(self, x, stream: Stream, *, stride: int = 1):
+        """The same for an x that brings its two frames of history along; every `stride`-th output."""
+        return causal_conv(x, self.kernel[...], stream.conv, stride=stride) + self.bias[...]
+
+
+class Norm(nnx.Module):
+    """Scales each position's channel vector to length sqrt(C), times a learned scale. Computed in float32."""
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs):
+        self.scale = nnx.Param(nnx.initializers.ones(rngs.params(), (features,)))
+
+    def __call__(self, x):
+        y = x.astype(jnp.float32)
+        squares = jnp.sum(y * y, axis=-1, keepdims=True)
+        # The floor is that of a length of 1e-12, applied before the root: no infinite slope at zero.
+        y = y * jax.lax.rsqrt(jnp.maximum(squares, 1e-24) / x.shape[-1])
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+class ResidualBlock(nnx.Module):
+    """norm, SiLU, conv, norm, SiLU, conv, added to the input (through a linear map if channels change)."""
+
+    def __init__(self, in_features: int, out_features: int, *, rngs: nnx.Rngs):
+        self.norm1 = Norm(in_features, rngs=rngs)
+        self.conv1 = CausalConv(in_features, out_features, rngs=rngs)
+        self.norm2 = Norm(out_features, rngs=rngs)
+        self.conv2 = CausalConv(out_features, out_features, rngs=rngs)
+        same = in_features == out_features
+        self.shortcut = None if same else nnx.Linear(in_features, out_features, rngs=rngs)
+
+    def __call__(self, x, stream: Stream):
+        y = self.conv1(jax.nn.silu(self.norm1(x)), stream)
+        y = self.conv2(jax.nn.silu(self.norm2(y)), stream)
+        return y + (x if self.shortcut is None else self.shortcut(x))
+
+
+class Attention(nnx.Module):
+    """Single-head attention over the positions of each frame; frames do not see each other."""
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs):
+        self.norm = Norm(features, rngs=rngs)
+        self.to_qkv = nnx.Linear(features, 3 * features, rngs=rngs)
+        self.proj = nnx.Linear(features, features, rngs=rngs)
+
+    def __call__(self, x, stream: Stream):
+        b, t, h, w, c = x.shape
+        q, k, v = jnp.split(self.to_qkv(self.norm(x)).reshape(b * t, h * w, 1, 3 * c), 3, axis=-1)
+        return x + self.proj(jax.nn.dot_product_attention(q, k, v).reshape(x.shape))
+
+
+class Downsample(nnx.Module):
+    """Halves height and width, then time if `temporal`: 1 + 2 k frames to 1 + k in a clip's first chunk, 2 k
+    to k in others."""
+
+    def __init__(self, features: int, *, temporal: bool, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(features, features, (3, 3), strides=2, padding=((0, 1), (0, 1)), rngs=rngs)
+        self.time_conv = CausalConv(features, features, spatial=1, rngs=rngs) if temporal else None
+
+    def __call__(self, x, stream: Stream):
+        x = self.conv(x)
+        if self.time_conv is None:
+            return x
+        # The lone frame is the history of the next.
+        y = self.time_conv.valid(stream.extend(x, 1)[:, stream.lone :], stream, stride=2)
+        return jnp.concatenate([x[:, : stream.lone], y], axis=1)
+
+
+class Upsample(nnx.Module):
+    """Doubles time if `temporal`, 1 + k frames to 1 + 2 k in a clip's first chunk, k to 2 k in others; then
+    doubles height and width, halving the channels."""
+
+    def __init__(self, features: int, *, temporal: bool, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(features, features // 2, (3, 3), rngs=rngs)
+        self.time_conv = CausalConv(features, 2 * features, spatial=1, rngs=rngs) if temporal else None
+
+    def __call__(self, x, stream: Stream):
+        if self.time_conv is not None:
+            # Unlike in the encoder, the lone frame is no history: the next one has zeros before it.
+            y = self._double(x[:, stream.lone :], stream)
+            x = jnp.concatenate([x[:, : stream.lone], y], axis=1)
+        return upsampling_conv(x, self.conv.kernel[...]) + self.conv.bias[...]
+
+    def _double(self, x, stream):
+        b, t, h, w, c = x.shape
+        y = self.time_conv(x, stream).reshape(b, t, h, w, 2, c)
+        return jnp.moveaxis(y, 4, 2).reshape(b, 2 * t, h, w, c)
