@@ -1,0 +1,345 @@
+"""Softmax attention over keys that may lie in several parts, with three back ends chosen in one place.
+
+Beside softmax(q k^T / sqrt(D)) v every back end returns the log-sum-exp of each query's scores. That makes
+attention over disjoint sets of keys mergeable (`merge`), which serves three ends: keys split in parts give a
+GPU enough independent work when queries are few, keys walked in chunks bound the memory of the plain form,
+and keys held by other devices need not travel. The statistic stays fp32 from the kernel to the merge: rounded
+to bfloat16 it would cost several times the error of the attention itself.
+
+    xla     plain einsums: any platform, any dtype
+    cudnn   NVIDIA's fused kernel: bfloat16 and float16
+    pallas  the fused kernel of `attention_pallas`
+
+Mathematics: FlashAttention-2, arXiv:2307.08691, section 3.1.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Backend = Literal["auto", "xla", "cudnn", "pallas"]
+
+# The log-sum-exp of no keys at all: finite, so that the difference of two of them is zero rather than NaN.
+NO_KEYS = -0.7 * float(np.finfo(np.float32).max)
+
+# The plain form holds about this many fp32 scores at once (64 MiB).
+_MAX_SCORES = 2**24
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    length: jax.Array | int | None = None,
+    mask: np.ndarray | None = None,
+    backend: Backend = "auto",
+) -> jax.Array:
+    """softmax(q k^T / sqrt(D)) v, differentiable in q, k and v (reverse mode).
+
+    Args:
+      q: [B, T, N, D] queries, in the dtype of k and v.
+      k, v: [B, K, N, D] keys and values, or [B, P, K, N, D] for keys stored in P equal parts. Each part is
+        attended to separately and the results are merged; which key lies in which part does not matter.
+      length: int32 scalar, at least 1: only the first `length` keys (of each part) exist; None for all K.
+        What lies behind them must be finite, as it is in a cache that starts as zeros.
+      mask: static boolean array [t, s], where t divides T and s divides K: entry (i, j) says whether the i-th
+        of t equal runs of queries sees the j-th of s equal runs of keys. Written with a row and a column per
+        frame, any rule between frames is cheap: queries with equal rows become one unmasked attention over
+        the keys they see. Not to be combined with parts or `length`.
+      backend: "auto" for the fastest that can run, or the name of one.
+
+    Returns:
+      [B, T, N, D] in the dtype of q.
+
+    Raises:
+      ValueError: shapes, dtypes, `length` or `mask` do not fit, or the back end cannot run here.
+    """
+    if k.ndim == 5 and k.shape[1] == 1:
+        k, v = k[:, 0], v[:, 0]
+    if mask is not None:
+        return _block_masked(q, k, v, length, mask, backend)
+    if k.ndim == 4 and choose_backend(backend, q) == "cudnn":
+        return _cudnn_plain(q, k, v, length)
+    return attention_with_lse(q, k, v, length=length, backend=backend)[0].astype(q.dtype)
+
+
+def attention_with_lse(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    length: jax.Array | int | None = None,
+    backend: Backend = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """Attention before rounding and the log-sum-exp of the scores, for `merge`. Gradients flow through both.
+
+    Takes q, k, v and `length` as `attention` does, except that `length` may be 0: then the log-sum-exp is
+    `NO_KEYS` and the output finite, and a merge gives it no weight.
+
+    Returns:
+      out [B, T, N, D] and lse [B, N, T], both float32; lse is the natural logarithm of the sum over keys of
+      exp(q k^T / sqrt(D)).
+    """
+    _check(q, k, v, length)
+    backend = choose_backend(backend, q, lse=True)
+    if length is not None:
+        length = jnp.asarray(length, jnp.int32)
+    q, k, v, length = _vary_alike(q, k, v, length)
+    if k.ndim == 4:
+        out, lse = _attend(backend, q, k, v, length)
+        return out.astype(jnp.float32), lse
+    # The parts become entries of the batch: one call, P times as many independent rows.
+    parts = k.shape[1]
+    k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
+    out, lse = _attend(backend, jnp.repeat(q, parts, axis=0), k, v, length)
+    return merge([out[p::parts] for p in range(parts)], [lse[p::parts] for p in range(parts)])
+
+
+def merge(outs: Sequence[jax.Array], lses: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Attention over the union of disjoint sets of keys, from the attention over each.
+
+    Takes what `attention_with_lse` returned for the same queries: outs [B, T, N, D] and lses [B, N, T], at
+    least one of each. Returns (out, lse) over all keys, both float32, so that merges can be chained.
+    """
+    peak = lax.stop_gradient(functools.reduce(jnp.maximum, lses))
+    weights = [jnp.exp(lse - peak) for lse in lses]
+    total = sum(weights)
+    out = sum(_per_query(w / total) * o for w, o in zip(weights, outs, strict=True))
+    return out, peak + jnp.log(total)
+
+
+def choose_backend(backend: Backend, q: jax.Array, *, lse: bool = False) -> str:
+    """The back end for queries like `q` on the first local device; `lse` says that the statistic is wanted.
+
+    Raises ValueError if `backend` names one that cannot, with the reason and those that can.
+    """
+    platform, capability = _device()
+    head_dim, half = q.shape[-1], q.dtype in (jnp.bfloat16, jnp.float16)
+    too_old = "it needs an NVIDIA GPU of compute capability 8.0 or newer"
+    obstacles = {
+        "cudnn": [
+            (capability < (8, 0), too_old),
+            (not half, f"it computes in bfloat16 or float16, not {q.dtype}"),
+            (head_dim % 8 or head_dim > 128, f"head dim {head_dim} is not a multiple of 8 up to 128"),
+            (lse and not _fused_attention(), "this version of jax does not hand out its fp32 statistic"),
+        ],
+        "pallas": [
+            (capability < (8, 0) and platform != "cpu", f"{too_old}, or a CPU to be interpreted on"),
+            (head_dim > 128, f"head dim {head_dim} is larger than 128"),
+        ],
+        "xla": [],
+    }
+    able = [name for name, checks in obstacles.items() if not any(bad for bad, _ in checks)]
+    if backend == "auto":
+        return able[0] if platform == "gpu" and half else "xla"
+    if backend not in obstacles:
+        raise ValueError(f"unknown attention back end {backend!r}: choose auto, {', '.join(obstacles)}")
+    if backend not in able:
+        reason = next(reason for bad, reason in obstacles[backend] if bad)
+        raise ValueError(f"attention back end {backend!r} cannot run here: {reason}; use {' or '.join(able)}")
+    return backend
+
+
+def _device() -> tuple[str, tuple[int, ...]]:
+    """Platform of the first local device and its CUDA compute capability, (0,) where there is none."""
+    device = jax.local_devices()[0]
+    capability = str(getattr(device, "compute_capability", ""))  # "9.0"; "gfx942" on AMD
+    return device.platform, tuple(map(int, capability.split("."))) if capability[:1].isdigit() else (0,)
+
+
+def _check(q, k, v, length):
+    shapes = f"q {q.shape}, k {k.shape} and v {v.shape}"
+    if q.ndim != 4 or k.ndim not in (4, 5) or k.shape != v.shape:
+        raise ValueError(f"attention takes q [B, T, N, D] and k, v [B, (P,) K, N, D], not {shapes}")
+    if (k.shape[0], *k.shape[-2:]) != (q.shape[0], *q.shape[-2:]):
+        raise ValueError(f"batch size, heads and head dim of queries and keys differ: {shapes}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v have different dtypes, {q.dtype}, {k.dtype} and {v.dtype}: cast them")
+    if isinstance(length, int | np.integer) and not 0 <= length <= k.shape[-3]:
+        raise ValueError(f"length={length} is not between 0 and the {k.shape[-3]} keys of a part")
+
+
+def _vary_alike(*arrays):
+    """Inside `shard_map`, marks arrays as varying over every mesh axis that one of them varies over: loops
+    and custom gradients want one type, and the gradient of this cast sums over devices. Elsewhere a no-op."""
+    axes = [frozenset() if x is None else jax.typeof(x).manual_axis_type.varying for x in arrays]
+    missing = [tuple(frozenset().union(*axes) - own) for own in axes]
+    return [x if x is None else lax.pcast(x, m, to="varying") for x, m in zip(arrays, missing, strict=True)]
+
+
+def _per_query(x):
+    """[B, N, T] -> [B, T, N, 1], to scale outputs with."""
+    return jnp.swapaxes(x, 1, 2)[..., None]
+
+
+def _block_masked(q, k, v, length, mask, backend):
+    """One unmasked attention for every run of queries that see the same keys."""
+    if k.ndim != 4 or length is not None:
+        raise ValueError("a mask takes keys [B, K, N, D] in one part, and no length")
+    if not isinstance(mask, np.ndarray) or mask.dtype != bool or mask.ndim != 2:
+        raise ValueError("mask must be a two-dimensional boolean numpy array: it is static")
+    (rows, columns), T, K = mask.shape, q.shape[1], k.shape[1]
+    if T % rows or K % columns:
+        raise ValueError(
+            f"{T} queries x {K} keys do not divide into the {rows} x {columns} tiles of the mask"
+        )
+    if blind := np.flatnonzero(~mask.any(axis=1)).tolist():
+        raise ValueError(f"the queries of mask rows {blind} see no key")
+    outs = []
+    for start, stop in _runs(mask):
+        seen = [(a * K // columns, b * K // columns) for a, b in _runs(mask[start]) if mask[start, a]]
+        k_seen, v_seen = (jnp.concatenate([x[:, a:b] for a, b in seen], axis=1) for x in (k, v))
+        queries = q[:, start * T // rows : stop * T // rows]
+        outs.append(attention(queries, k_seen, v_seen, backend=backend))
+    return jnp.concatenate(outs, axis=1)
+
+
+def _runs(x):
+    """(start, stop) of every run of equal consecutive entries of `x`."""
+    changes = [i for i in range(1, len(x)) if np.any(x[i] != x[i - 1])]
+    return itertools.pairwise([0, *changes, len(x)])
+
+
+# --- one gradient for every back end ---
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(backend, q, k, v, length):
+    """(out, lse) of one part; out in float32 where the back end can leave it unrounded."""
+    if backend == "pallas":
+        from jax_causal import attention_pallas  # on demand: importing Pallas takes its time
+
+        return attention_pallas.forward(q, k, v, length, interpret=_device()[0] == "cpu")
+    return (_cudnn if backend == "cudnn" else _xla)(q, k, v, length)
+
+
+def _attend_fwd(backend, q, k, v, length):
+    out, lse = _attend(backend, q, k, v, length)
+    return (out, lse), (q, k, v, length, out, lse)
+
+
+def _attend_bwd(backend, residuals, cotangents):
+    """With scores s and p = exp(s - lse):  ds = p (dout v^T - rowsum(dout out) + dlse), since dlse/ds = p.
+
+    Scores are computed anew, chunk by chunk.
+    """
+    q, k, v, length, out, lse = residuals
+    dout, dlse = cotangents[0].astype(q.dtype), cotangents[1]
+    shift = dlse - _einsum("btnd,btnd->bnt", dout, out)
+    chunk, _, count = _key_chunks(q, k, v, length)
+
+    def step(i, gradients):
+        dq, dk, dv = gradients
+        start, k_i, v_i, valid = chunk(i)
+        p = jnp.where(valid, jnp.exp(_scores(q, k_i) - lse[..., None]), 0)
+        ds = p * (_einsum("btnd,bknd->bntk", dout, v_i) + shift[..., None]) / math.sqrt(q.shape[-1])
+        p, ds = p.astype(q.dtype), ds.astype(q.dtype)
+        dq += _einsum("bntk,bknd->btnd", ds, k_i)
+        dk = add(dk, start, _einsum("bntk,btnd->bknd", ds, q))
+        dv = add(dv, start, _einsum("bntk,btnd->bknd", p, dout))
+        return dq, dk, dv
+
+    def add(total, start, part):
+        here = lax.dynamic_slice_in_dim(total, start, part.shape[1], axis=1)
+        return lax.dynamic_update_slice_in_dim(total, here + part, start, axis=1)
+
+    zeros = tuple(jnp.zeros_like(x, dtype=jnp.float32) for x in (q, k, v))
+    dq, dk, dv = lax.fori_loop(0, count, step, zeros)
+    return dq.astype(q.dtype), dk.astype(q.dtype), dv.astype(q.dtype), None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+# --- xla ---
+
+_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _scores(q, k):
+    return _einsum("btnd,bknd->bntk", q, k) / math.sqrt(q.shape[-1])
+
+
+def _key_chunks(q, k, v, length):
+    """How the plain form walks over long keys: a function of i giving (start, k_i, v_i, valid), the length of
+    a chunk, and the number of chunks that hold keys. The last chunk starts early rather than end late; the
+    keys it repeats are not valid."""
+    (B, T, N, _), K = q.shape, k.shape[1]
+    size = math.ceil(K / math.ceil(K / max(128, _MAX_SCORES // (B * T * N))))
+    length = K if length is None else length
+
+    def chunk(i):
+        start = jnp.minimum(i * size, K - size)
+        index = start + jnp.arange(size)
+        exists = (index < length)[:, None, None]
+        # A weight of zero does not silence a NaN: what does not exist must not take part.
+        k_i, v_i = (jnp.where(exists, lax.dynamic_slice_in_dim(x, start, size, axis=1), 0) for x in (k, v))
+        return start, k_i, v_i, (index >= i * size) & (index < length)
+
+    return chunk, size, (length + size - 1) // size
+
+
+def _xla(q, k, v, length):
+    chunk, size, count = _key_chunks(q, k, v, length)
+
+    def attend(i):
+        _, k_i, v_i, valid = chunk(i)
+        s = jnp.where(valid, _scores(q, k_i), -jnp.inf)
+        peak = jnp.max(s, axis=-1, initial=NO_KEYS)
+        weights = jnp.exp(s - peak[..., None])
+        total = jnp.sum(weights, axis=-1)
+        total = jnp.where(total > 0, total, 1)
+        out = _einsum("bntk,bknd->btnd", weights.astype(v.dtype), v_i) / _per_query(total)
+        return out, peak + jnp.log(total)
+
+    held = attend(0)
+    if size < k.shape[1]:
+        held = lax.fori_loop(1, count, lambda i, held: merge(*zip(held, attend(i), strict=True)), held)
+    return held
+
+
+# --- cudnn ---
+
+
+def _cudnn_plain(q, k, v, length):
+    """Through the public function, which brings cuDNN's own gradient."""
+    _check(q, k, v, length)
+    if length is not None:
+        length = jnp.full(q.shape[:1], length, jnp.int32)
+    q, k, v, length = _vary_alike(q, k, v, length)
+    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=length, implementation="cudnn")
+
+
+def _cudnn(q, k, v, length):
+    fused, mask_type = _fused_attention()
+    options = {"scale": 1 / math.sqrt(q.shape[-1]), "return_residual": True}
+    if length is None:
+        return fused(q, k, v, **options)
+    # What cuDNN gives a query without keys is not specified, so there is always one.
+    queries, keys = (jnp.full(q.shape[:1], n, jnp.int32) for n in (q.shape[1], jnp.maximum(length, 1)))
+    out, lse = fused(q, k, v, q_seqlen=queries, kv_seqlen=keys, mask_type=mask_type.PADDING, **options)
+    return out, jnp.where(length > 0, lse, NO_KEYS)
+
+
+@functools.cache
+def _fused_attention():
+    """cuDNN's attention with its fp32 [B, N, T] statistic, one call below `jax.nn.dot_product_attention`,
+    which casts the statistic to the dtype of the output. Private to jax: None where it is not as expected."""
+    try:
+        from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+    except ImportError:
+        return None
+    expected = {"q_seqlen", "kv_seqlen", "scale", "mask_type", "return_residual"}
+    known = inspect.signature(dot_product_attention).parameters
+    return (dot_product_attention, MaskType) if expected <= set(known) else None
