@@ -271,7 +271,7 @@ class CausalDiT(nnx.Module):
         Both halves stand at the same positions; `frame_mask` is [2F, 2F], see `teacher_forcing_mask`. The clean
         half is modulated with `clean_t` [B, F'] (default 0), the noisy half with `t`.
         """
-        b, f = noisy.shape[:2]
+        f = noisy.shape[1]
         clean_t = jnp.zeros_like(t) if clean_t is None else clean_t
         times = jnp.concatenate([_per_frame(clean_t, f), _per_frame(t, f)], axis=1)
         both = jnp.concatenate([clean, noisy], axis=1)

@@ -21,7 +21,7 @@ ROLLOUTS = golden_data.names("rollout_")
 class GoldenRollout:
     """A golden file as a spec, parameters and inputs."""
 
-    def __init__(self, name, parallel=SingleDevice(), unrolled=False, dtype=jnp.float32):
+    def __init__(self, name, parallel=None, unrolled=False, dtype=jnp.float32):
         self.data = golden_data.load(name)
         self.settings = golden_data.settings(self.data)
         self.config, params = golden_transformer(self.data)

@@ -174,7 +174,7 @@ def test_bfloat16_stays_bfloat16():
 
 @pytest.mark.golden
 def test_text_of_the_wrong_shape_is_refused():
-    data, config, params, _ = _inputs("dit_bidirectional")
+    _, config, params, _ = _inputs("dit_bidirectional")
     network = transformer.bind(config, params)
     too_long = np.zeros((1, config.text_length + 1, config.text_dim), np.float32)
     for context in (too_long, np.zeros((1, 4, config.text_dim + 1), np.float32)):

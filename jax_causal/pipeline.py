@@ -1,0 +1,441 @@
+"""Text to video: a model folder in, frames out, block by block.
+
+pipe = Pipeline.from_pretrained("tiny")
+pipe("a red ball rolls to the right").save("ball.mp4")
+for chunk in pipe.stream("a red ball rolls to the right"):  # uint8 [t, H, W, 3], as soon as decoded
+    ...
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_causal import checkpoint, modules, rollout, transformer
+from jax_causal.config import PRESETS, ModelConfig, VAEConfig
+from jax_causal.parallel import Parallel, SingleDevice
+from jax_causal.request import Request, prepare
+from jax_causal.rollout import RolloutSpec
+from jax_causal.text import UMT5Encoder
+from jax_causal.tokenizer import Tokenizer, load_tokenizer
+from jax_causal.vae import VAE, to_uint8
+from jax_causal.video import Video
+
+# Called with a phase ("text", "encode", "denoise", "context", "decode") and the seconds it took.
+Report = Callable[[str, float], None]
+
+COMPONENTS = {"transformer": transformer.CausalDiT, "vae": VAE, "text_encoder": UMT5Encoder}
+
+# Public sources of each component, for error messages.
+_SOURCES = {
+    "transformer": "gdhe17/Self-Forcing:checkpoints/self_forcing_dmd.pt",
+    "vae": "Wan-AI/Wan2.1-T2V-1.3B",
+    "text_encoder": "Wan-AI/Wan2.1-T2V-1.3B",
+}
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def encode_text(config, params, ids, mask) -> jax.Array:
+    """Prompt embeddings [B, L, D] of token ids and mask [B, L]; zero at the padding."""
+    return modules.bind(UMT5Encoder, config, params)(ids, mask)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "spec", "first"), donate_argnames="state")
+def decode_chunk(config: VAEConfig, spec: RolloutSpec, params, tokens, state, *, first: bool):
+    """Patch tokens [B, F, S, 4C] to uint8 video [B, T, H, W, 3], and the decoder's next state (donated)."""
+    latents = rollout.from_tokens(spec, tokens)
+    decode = modules.bind(VAE, config, params).decode
+    video, state = decode(latents, state, first=first, constrain=spec.parallel.constrain)
+    return to_uint8(video), state
+
+
+@functools.partial(jax.jit, static_argnames=("config", "spec"))
+def encode_video(config: VAEConfig, spec: RolloutSpec, params, video):
+    """Video [B, T, H, W, 3] in [-1, 1] to patch tokens [B, F, S, 4C] of its latents."""
+    encode = modules.bind(VAE, config, params).encode
+    latents, _ = encode(video, None, first=True, constrain=spec.parallel.constrain)
+    return rollout.to_tokens(spec, latents)
+
+
+class Pipeline:
+    """A text-to-video model ready to run.
+
+    Attributes:
+      config: the model's `ModelConfig`.
+      params: component name to its parameters; the transformer's may be unrolled.
+      tokenizer: prompts to token ids, or None where there is no text encoder.
+      parallel: how it is run.
+      window, sink: latent frames attended to and kept for ever; see `CacheLayout.create`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: dict[str, dict],
+        tokenizer: Tokenizer | None = None,
+        *,
+        parallel: Parallel | None = None,
+        window: int | None = None,
+        sink: int = 0,
+    ):
+        _check_kind(config)
+        self.config, self.params, self.tokenizer = config, dict(params), tokenizer
+        self.parallel = parallel or SingleDevice()
+        self.window, self.sink = window, sink
+        if self.parallel.unrolled and not transformer.is_unrolled(self.params["transformer"]):
+            self.params["transformer"] = transformer.unroll(self.params["transformer"])
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        *,
+        dtype="bfloat16",
+        parallel: Parallel | None = None,
+        window: int | None = None,
+        sink: int = 0,
+    ) -> Pipeline:
+        """Loads a bundled model or a model folder, straight onto its final device and dtype.
+
+        Args:
+          name_or_folder: "tiny", or a folder that `jax-causal convert` made.
+          dtype: of parameters and computation, "bfloat16" or "float32".
+          parallel: how to run; None is one device.
+          window, sink: latent frames attended to, and first frames kept for ever; None keeps all.
+
+        Raises:
+          FileNotFoundError: no such folder, or a component is missing; the message names the command to run.
+          ValueError: an undistilled model, a damaged checkpoint or a config that does not fit it.
+        """
+        dtype, parallel = jnp.dtype(dtype), parallel or SingleDevice()
+        folder = Path(name_or_folder)
+        if not folder.is_dir() and str(name_or_folder) in PRESETS:
+            folder = Path(__file__).parent / "weights" / str(name_or_folder)
+            if not folder.is_dir():
+                return cls._without_weights(str(name_or_folder), dtype, parallel, window, sink)
+        config = _read_config(folder, str(name_or_folder))
+        _check_kind(config)
+        for component in ("transformer", "vae"):
+            if getattr(config, component) is None or not (folder / component).exists():
+                raise FileNotFoundError(_missing(component, folder))
+        params = {
+            component: checkpoint.restore(folder / component, _abstract(config, component, dtype, parallel))
+            for component in COMPONENTS
+            if getattr(config, component) is not None and (folder / component).exists()
+        }
+        tokenizer = None
+        if "text_encoder" in params and config.tokenizer is not None:
+            length = config.text_encoder.max_length
+            tokenizer = load_tokenizer(config.tokenizer, folder / "tokenizer", length)
+        pipe = cls(config, params, tokenizer, parallel=parallel, window=window, sink=sink)
+        pipe.folder = folder
+        return pipe
+
+    @classmethod
+    def _without_weights(cls, name, dtype, parallel, window, sink):
+        if name != "tiny":
+            raise FileNotFoundError(
+                f"{name} is a preset without bundled weights: convert a checkpoint with `jax-causal convert "
+                f"{_SOURCES['transformer']} FOLDER` and load the folder, or use Pipeline.random({name!r})"
+            )
+        warnings.warn(
+            "no trained weights are bundled yet: this model is random and shows noise, not your prompt",
+            stacklevel=3,
+        )
+        return cls.random(name, dtype=dtype, parallel=parallel, window=window, sink=sink)
+
+    @classmethod
+    def random(
+        cls,
+        model: str | ModelConfig,
+        *,
+        seed: int = 0,
+        dtype="bfloat16",
+        parallel: Parallel | None = None,
+        window: int | None = None,
+        sink: int = 0,
+    ) -> Pipeline:
+        """A preset (by name) or configuration with random weights: for measuring and testing, not for looking.
+
+        Where the tokenizer needs a file there is none, and `prompt_embeds` stand in for a prompt.
+        """
+        config = PRESETS[model] if isinstance(model, str) else model
+        parallel = parallel or SingleDevice()
+        # The rbg generator compiles several times faster than threefry over a model's many leaves.
+        keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(COMPONENTS))
+        params = {}
+        for key, (component, module) in zip(keys, COMPONENTS.items(), strict=True):
+            if (part := getattr(config, component)) is not None:
+                shardings = parallel.shardings(modules.abstract(module, part))
+                init = functools.partial(modules.init, module, part, dtype=jnp.dtype(dtype))
+                params[component] = jax.jit(init, out_shardings=shardings)(key)
+        tokenizer = None
+        if config.tokenizer is not None and config.tokenizer.kind == "bytes":
+            tokenizer = load_tokenizer(config.tokenizer, None, config.text_encoder.max_length)
+        return cls(config, params, tokenizer, parallel=parallel, window=window, sink=sink)
+
+    # Use.
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        num_frames: int | None = None,
+        report=None,
+        **inputs,
+    ) -> Video | list[Video]:
+        """A video of `num_frames` frames (default: the model's), or a list of them for a list of prompts.
+
+        Takes what `stream` takes, and raises what it raises.
+        """
+        num_frames = num_frames or self.config.num_frames
+        chunks = list(self.stream(prompt, num_frames=num_frames, report=report, **inputs))
+        frames = np.concatenate(chunks, axis=-4)
+        if frames.ndim == 4:
+            return Video(frames, self.config.fps)
+        return [Video(one, self.config.fps) for one in frames]
+
+    def stream(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int | Sequence[int] = 0,
+        prompt_embeds=None,
+        image=None,
+        video=None,
+        noise=None,
+        renoise=None,
+        report: Report | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Frames as soon as they are decoded: uint8 [t, H, W, 3], or [B, t, H, W, 3] for a list of prompts.
+
+        The first chunk is a single frame, so that it is seen early; the next ends the first block, and every
+        later one is a block. Input is checked before this returns, not when the first chunk is asked for.
+
+        Args:
+          prompt: what the video shows; a list makes a batch. None with `prompt_embeds`.
+          num_frames: video frames in all, given ones included; None goes on until the caller stops, which needs a
+            window and takes the model's trained length, sink one block, where none was set.
+          height, width: pixels; default the model's.
+          seed: of the noise; video i of a batch takes seed + i (or its entry of a sequence) and equals the video
+            that this seed gives alone.
+          prompt_embeds: [B, <= text length, text dim], in place of the prompt's encoding.
+          image: first frame, for models with an independent first frame: a path, or uint8 [H, W, 3].
+          video: clip to extend: a path, or uint8 [T, H, W, 3]; of whole blocks.
+          noise: [B, F, C, H/8, W/8] starting noise of the new frames, in place of the seed's.
+          renoise: noise added between passes, in place of the seed's: one [F, C, h, w] or [B, F, C, h, w] for
+            every step but the last of every block, in order.
+          report: called with (phase, seconds) after each phase. Timing waits for the device after every phase;
+            without it, the next block is started before a chunk is handed over.
+
+        Raises:
+          ValueError: frame counts, sizes, noise or prompts that do not fit; nearby values that do are named.
+        """
+        request = prepare(
+            self.config,
+            parallel=self.parallel,
+            window=self.window,
+            sink=self.sink,
+            prompt=prompt,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            seed=seed,
+            prompt_embeds=prompt_embeds,
+            image=image,
+            video=video,
+            noise=noise,
+            renoise=renoise,
+        )
+        tokens = None
+        if request.prompt_embeds is None:
+            if self.tokenizer is None:
+                raise ValueError(self._no_text_encoder())
+            tokens = self.tokenizer(request.prompts)
+        return self._frames(request, tokens, report)
+
+    def warmup(
+        self,
+        *,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        batch: int = 1,
+        image=None,
+        video=None,
+    ) -> None:
+        """Compiles everything that a run of these sizes needs, by running its first blocks.
+
+        After it, a run with the same sizes (and `image` or `video` given or not, alike) traces nothing.
+        `num_frames=None` prepares the model's default length; for endless streams pass 0.
+        """
+        num_frames = self.config.num_frames if num_frames is None else num_frames or None
+        length, width_ = self.config.transformer.text_length, self.config.transformer.text_dim
+        text = {"prompt_embeds": np.zeros((batch, length, width_), np.float32)}
+        if self.tokenizer is not None:
+            text = {"prompt": ["warm up"] * batch}
+        chunks = self.stream(
+            num_frames=num_frames, height=height, width=width, image=image, video=video, **text
+        )
+        # One frame, the rest of the first block, a regular block: after these, every program has run. Two blocks
+        # more where frames are given or the first one stands alone.
+        lead = image is not None or video is not None or self.config.sampler.independent_first_frame
+        for _ in zip(range(4 if lead else 3), chunks, strict=False):
+            pass
+
+    # The loop.
+
+    def _frames(self, request: Request, tokens, report) -> Iterator[np.ndarray]:
+        """Decoded chunks on the host, the work for the next block always dispatched before one is awaited."""
+        ready, state = deque(), None
+        timed = _Phases(report)
+        for block in self._blocks(request, tokens, timed):
+            while ready:
+                yield self._to_host(request, ready.popleft())
+            # The first latent frame alone decodes to one video frame.
+            cuts = [1] if state is None and block.shape[1] > 1 else []
+            for piece in jnp.split(block, cuts, axis=1):
+                frames, state = decode_chunk(
+                    self.config.vae, request.spec, self.params["vae"], piece, state, first=state is None
+                )
+                timed("decode", frames)
+                frames.copy_to_host_async()
+                ready.append(frames)
+                if report:
+                    yield self._to_host(request, ready.popleft())
+        while ready:
+            yield self._to_host(request, ready.popleft())
+
+    def _blocks(self, request: Request, tokens, timed) -> Iterator[jax.Array]:
+        """Clean blocks [B, F, S, 4C] on the device, given frames first."""
+        spec, params = request.spec, self.params["transformer"]
+        dtype = jax.tree.leaves(params)[0].dtype
+        timed.start()
+        embeds = request.prompt_embeds
+        if embeds is None:
+            embeds = encode_text(self.config.text_encoder, self.params["text_encoder"], *tokens)
+        text = rollout.embed_text(spec, params, embeds)
+        timed("text", text)
+
+        batch, stacked = request.batch, not transformer.is_unrolled(params)
+        cache = rollout.init_cache(spec, batch, dtype, stacked=stacked)
+        begin = 0
+        if request.given is not None:
+            clean = encode_video(self.config.vae, spec, self.params["vae"], request.given).astype(dtype)
+            clean = jnp.broadcast_to(clean, (batch, *clean.shape[1:]))
+            timed("encode", clean)
+            for start, size in rollout.initial_blocks(clean.shape[1], spec.sampler):
+                block = clean[:, start : start + size]
+                yield block
+                timed.start()
+                cache = rollout.write_context(
+                    spec, params, cache, text, block, spec.place(start, size), np.float32(0)
+                )
+                timed("context", cache)
+            begin = clean.shape[1]
+
+        for index, (start, size) in enumerate(rollout.block_sizes(request.num_frames, spec.sampler, begin)):
+            noise, renoise = self._noise(request, index, start, size, dtype)
+            place = spec.place(start, size)
+            timed.start()
+            x0, cache = rollout.denoise_block(spec, params, cache, text, noise, renoise, place)
+            timed("denoise", x0)
+            yield x0
+            if start + size == request.num_frames:
+                return  # nobody will look at the last block's keys
+            timed.start()
+            t = np.float32(spec.sampler.context_noise)
+            cache = rollout.write_context(spec, params, cache, text, x0, place, t)
+            timed("context", cache)
+
+    def _noise(self, request: Request, index, start, size, dtype):
+        spec = request.spec
+        noise, renoise = rollout.draw_noise(spec, request.keys, np.int32(start), size, dtype)
+        if request.noise is not None:
+            first = start - request.given_frames
+            noise = rollout.to_tokens(spec, request.noise[:, first : first + size].astype(dtype))
+        if request.renoise is not None:
+            draws = np.broadcast_to(request.renoise[index], (len(renoise), *request.renoise_shape(size)))
+            renoise = jnp.stack([rollout.to_tokens(spec, draw.astype(dtype)) for draw in draws])
+        return noise, renoise
+
+    @staticmethod
+    def _to_host(request: Request, frames) -> np.ndarray:
+        frames = np.asarray(frames)
+        return frames if request.batched else frames[0]
+
+    def _no_text_encoder(self) -> str:
+        folder = getattr(self, "folder", None)
+        if folder is None:
+            return "this model has no text encoder and tokenizer: pass prompt_embeds instead of a prompt"
+        return _missing("text_encoder", folder)
+
+
+class _Phases:
+    """Times phases if somebody listens; otherwise nothing waits for the device."""
+
+    def __init__(self, report: Report | None):
+        self.report = report
+        self.start()
+
+    def start(self):
+        self.began = time.perf_counter()
+
+    def __call__(self, phase, result):
+        if self.report:
+            jax.block_until_ready(result)
+            self.report(phase, time.perf_counter() - self.began)
+            self.start()
+
+
+def _abstract(config: ModelConfig, component: str, dtype, parallel: Parallel):
+    """Shapes with the shardings they are to be restored onto."""
+    shapes = modules.abstract(COMPONENTS[component], getattr(config, component), dtype=dtype)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        parallel.shardings(shapes),
+    )
+
+
+def _read_config(folder: Path, name: str) -> ModelConfig:
+    if not folder.is_dir():
+        if name.count("/") == 1 and not name.startswith((".", "/")):
+            raise FileNotFoundError(
+                f"{name} is not a folder here. If it names original weights on the hub, convert them first: "
+                f"jax-causal convert {name} FOLDER"
+            )
+        raise FileNotFoundError(f"there is no model folder {name}; bundled models: tiny")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} has no config.json, so it is not a model folder: make one with "
+            f"jax-causal convert {_SOURCES['transformer']} {folder}"
+        )
+    return ModelConfig.from_json((folder / "config.json").read_text())
+
+
+def _check_kind(config: ModelConfig) -> None:
+    if config.kind != "causal-distilled":
+        raise ValueError(
+            f"{config.name} is a {config.kind} model, which a few-step causal rollout cannot sample: it was not "
+            "distilled for it, so every video would be noise. Convert distilled causal weights instead: "
+            f"jax-causal convert {_SOURCES['transformer']} FOLDER"
+        )
+
+
+def _missing(component: str, folder: Path) -> str:
+    return (
+        f"{folder} has no {component.replace('_', ' ')} yet: add it with "
+        f"jax-causal convert {_SOURCES[component]} {folder}"
+    )
