@@ -37,7 +37,8 @@ class CacheLayout:
       capacity: frames held at most; with a window this is the window.
       sink: first frames that are never overwritten.
       tokens: S, tokens of one frame.
-      parts: P; divides `tokens`.
+      stored: tokens of one frame that there is room for, S or more; the room behind S is never valid.
+      parts: P; divides `stored`. Part p holds tokens p * stored / P onward of every frame.
       ring: whether frames beyond the capacity overwrite the oldest ones after the sink.
       contiguous: whether a block never wraps around inside the ring and so is written in one piece.
     """
@@ -45,6 +46,7 @@ class CacheLayout:
     capacity: int
     sink: int
     tokens: int
+    stored: int
     parts: int = 1
     ring: bool = False
     contiguous: bool = True
@@ -59,6 +61,7 @@ class CacheLayout:
         lead: int = 0,
         window: int | None = None,
         sink: int = 0,
+        stored: int | None = None,
         parts: int = 1,
     ) -> CacheLayout:
         """Layout for a rollout.
@@ -70,28 +73,29 @@ class CacheLayout:
           lead: frames before the first regular block (an independent first frame, say).
           window: frames attended to, sink and current block included; None keeps everything.
           sink: first frames that stay attended to for ever; counts into the window.
-          parts: equal parts that each frame's tokens are dealt over.
+          stored, parts: see the class; `stored` is `tokens` by default.
 
         Raises:
           ValueError: the window cannot hold sink and block, or an endless video has no window.
         """
-        if tokens % parts:
-            raise ValueError(f"parts={parts} must divide the {tokens} tokens of a frame")
+        stored = stored or tokens
+        if stored % parts:
+            raise ValueError(f"parts={parts} must divide the {stored} tokens of a frame")
         if window is None:
             if num_frames is None:
                 raise ValueError("a video without an end needs a bounded cache: pass window=, e.g. window=21")
             if sink:
                 raise ValueError(f"sink={sink} has no effect without a window: pass window= as well")
-            return cls(num_frames, 0, tokens, parts)
+            return cls(num_frames, 0, tokens, stored, parts)
         if sink < 0 or window < sink + block:
             raise ValueError(
                 f"window={window} must hold the sink and one block: with sink={sink} and {block} frames per block "
                 f"use window={max(sink, 0) + block} or more"
             )
         if num_frames is not None and num_frames <= window:
-            return cls(num_frames, 0, tokens, parts)
+            return cls(num_frames, 0, tokens, stored, parts)
         aligned = (window - sink) % block == 0 and (sink - lead) % block == 0
-        return cls(window, sink, tokens, parts, ring=True, contiguous=aligned)
+        return cls(window, sink, tokens, stored, parts, ring=True, contiguous=aligned)
 
     def slot(self, frame):
         """Cache slot of an absolute frame number (integer or integer array)."""
@@ -124,8 +128,13 @@ class CacheLayout:
         return Placement(slots, held, rope.frame_factors(start, num_frames, head_dim))
 
     def part_length(self, held):
-        """Valid keys in each part when `held` frames are valid."""
-        return held * (self.tokens // self.parts)
+        """Valid keys in each part when `held` frames are valid (room for them, where tokens are short)."""
+        return held * (self.stored // self.parts)
+
+    def part_tokens(self, part: int) -> int:
+        """Tokens of each frame that one part holds; fewer in the last ones where `stored` exceeds `tokens`."""
+        size = self.stored // self.parts
+        return min(max(self.tokens - part * size, 0), size)
 
 
 @jax.tree_util.register_dataclass
@@ -167,17 +176,44 @@ class KVCache:
         """A cache with `k` and `v` [B, F, S, N, D] in the given slots [F] of `layer` (an index)."""
         return KVCache(*(_write(layout, s, layer, slots, x) for s, x in ((self.k, k), (self.v, v))))
 
+    def write_short(self, layout: CacheLayout, layer, slots, k, v, valid) -> KVCache:
+        """`write` for a share of which only the first `valid` (int32 []) of S tokens exist, in one part.
+
+        Frame slots then lie `valid` apart, and what follows a slot is kept.
+        """
+
+        def put(store, x):
+            size = x.shape[2]
+            exists = (jnp.arange(size) < valid)[:, None, None]
+            for i in range(x.shape[1]):
+                start = slots[i] * valid
+                old = jax.lax.dynamic_slice_in_dim(store, start, size, axis=2)
+                new = jnp.where(exists, x[:, None, i].astype(store.dtype), old)
+                store = jax.lax.dynamic_update_slice_in_dim(store, new, start, axis=2)
+            return store
+
+        return self.replace_layer(layer, *map(put, self.read(layer), (k, v)))
+
+    def replace_layer(self, layer, k, v) -> KVCache:
+        """A cache with `k` and `v` [B, P, K/P, N, D] as the whole of one layer."""
+        if isinstance(self.k, tuple):
+            return KVCache(*((*s[:layer], x, *s[layer + 1 :]) for s, x in ((self.k, k), (self.v, v))))
+        put = jax.lax.dynamic_update_index_in_dim
+        return KVCache(put(self.k, k, layer, 0), put(self.v, v, layer, 0))
+
     def read(self, layer) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B, P, K/P, N, D] of one layer, valid or not."""
         if isinstance(self.k, tuple):
             return self.k[layer], self.v[layer]
         return tuple(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (self.k, self.v))
 
-    def read_frame(self, layout: CacheLayout, layer, slot) -> tuple[jax.Array, jax.Array]:
+    def read_frame(self, layout: CacheLayout, layer, slot: int) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B, S, N, D] of the frame in one slot of one layer."""
-        size = layout.part_length(1)
-        pair = (jax.lax.dynamic_slice_in_dim(x, slot * size, size, axis=2) for x in self.read(layer))
-        return tuple(x.reshape(x.shape[0], layout.tokens, *x.shape[3:]) for x in pair)
+        sizes = [layout.part_tokens(part) for part in range(layout.parts)]
+        return tuple(
+            jnp.concatenate([x[:, p, slot * n : (slot + 1) * n] for p, n in enumerate(sizes)], axis=1)
+            for x in self.read(layer)
+        )
 
 
 def _write(layout: CacheLayout, store, layer, slots, x):

@@ -15,6 +15,7 @@ from einops import rearrange
 from jax_causal import rope
 from jax_causal.attention import attention
 from jax_causal.cache import CacheLayout, KVCache, Placement
+from jax_causal.config import ModelConfig
 
 
 class Parallel(Protocol):
@@ -24,11 +25,18 @@ class Parallel(Protocol):
     q, k, v [B, F, S, N, D].
     """
 
-    def shardings(self, abstract):
-        """A sharding for every leaf of a nested dict of `jax.ShapeDtypeStruct` (parameters)."""
+    @property
+    def unrolled(self) -> bool:
+        """Whether layers run unrolled over per-layer arrays instead of a scan over stacked ones."""
 
-    def cache_parts(self, tokens: int) -> int:
-        """How many parts each frame's tokens are dealt over in the cache."""
+    def for_model(self, config: ModelConfig) -> Parallel:
+        """The form that runs this model, with everything settled that depends on its sizes."""
+
+    def shardings(self, abstract, component: str = "transformer"):
+        """A sharding for every leaf of a component's parameters, a nested dict of `jax.ShapeDtypeStruct`."""
+
+    def cache_shape(self, tokens: int) -> tuple[int, int]:
+        """(room for a frame's tokens in the cache, parts that it is dealt over); see `CacheLayout`."""
 
     def init_cache(
         self, layout: CacheLayout, num_layers, batch, num_heads, head_dim, dtype, *, stacked
@@ -41,8 +49,9 @@ class Parallel(Protocol):
     def attend_cached(self, q, k, v, table, cache: KVCache, layer, placement: Placement, layout: CacheLayout):
         """Rotates q and k, writes k and v to the cache, attends to all it holds: (out [B, F, S, N, D], cache)."""
 
-    def attend(self, q, k, v, table, frame_mask=None):
-        """Rotates q and k, then attends; `frame_mask` bool [F, F] says which frames see which (None: all)."""
+    def attend(self, q, k, v, table, tokens: int, frame_mask=None):
+        """Rotates q and k, then attends; `frame_mask` bool [F, F] says which frames see which (None: all).
+        `tokens` is S without whatever padding `to_tokens` added."""
 
     def attend_text(self, q, k, v):
         """Attends from q [B, F, S, N, D] to text k, v [B, text, N, D]: no rotation, no mask."""
@@ -51,7 +60,7 @@ class Parallel(Protocol):
         """`x` laid out by the logical names of its axes; a hint to the partitioner."""
 
     def to_tokens(self, latent, patch: int):
-        """Latent [B, F, C, h, w] to patch tokens [B, F, S, patch * patch * C], channel fastest."""
+        """Latent [B, F, C, h, w] to patch tokens [B, F, S, patch * patch * C], channel fastest; S may be padded."""
 
     def from_tokens(self, tokens, patch: int, height: int, width: int):
         """The inverse of `to_tokens`, for a token grid height x width."""
@@ -76,11 +85,14 @@ class SingleDevice:
     def unrolled(self) -> bool:
         return jax.default_backend() == "gpu" if self.unroll is None else self.unroll
 
-    def shardings(self, abstract):
+    def for_model(self, config):
+        return self
+
+    def shardings(self, abstract, component="transformer"):
         return jax.tree.map(lambda _: _first_device(), abstract)
 
-    def cache_parts(self, tokens: int) -> int:
-        return self.parts
+    def cache_shape(self, tokens):
+        return tokens, self.parts
 
     def init_cache(self, layout, num_layers, batch, num_heads, head_dim, dtype, *, stacked):
         sizes = (num_layers, batch, num_heads, head_dim)
@@ -97,7 +109,7 @@ class SingleDevice:
         out = attention(_tokens(q), keys, values, length=length, backend=self.backend)
         return out.reshape(q.shape), cache
 
-    def attend(self, q, k, v, table, frame_mask=None):
+    def attend(self, q, k, v, table, tokens, frame_mask=None):
         q, k = rope.rotate(q, table), rope.rotate(k, table)
         out = attention(_tokens(q), _tokens(k), _tokens(v), mask=frame_mask, backend=self.backend)
         return out.reshape(q.shape)

@@ -88,7 +88,7 @@ class Pipeline:
     ):
         _check_kind(config)
         self.config, self.params, self.tokenizer = config, dict(params), tokenizer
-        self.parallel = parallel or SingleDevice()
+        self.parallel = (parallel or SingleDevice()).for_model(config)
         self.window, self.sink = window, sink
         if self.parallel.unrolled and not transformer.is_unrolled(self.params["transformer"]):
             self.params["transformer"] = transformer.unroll(self.params["transformer"])
@@ -115,7 +115,7 @@ class Pipeline:
           FileNotFoundError: no such folder, or a component is missing; the message names the command to run.
           ValueError: an undistilled model, a damaged checkpoint or a config that does not fit it.
         """
-        dtype, parallel = jnp.dtype(dtype), parallel or SingleDevice()
+        dtype = jnp.dtype(dtype)
         folder = Path(name_or_folder)
         if not folder.is_dir() and str(name_or_folder) in PRESETS:
             folder = Path(__file__).parent / "weights" / str(name_or_folder)
@@ -126,6 +126,7 @@ class Pipeline:
         for component in ("transformer", "vae"):
             if getattr(config, component) is None or not (folder / component).exists():
                 raise FileNotFoundError(_missing(component, folder))
+        parallel = (parallel or SingleDevice()).for_model(config)
         params = {
             component: checkpoint.restore(folder / component, _abstract(config, component, dtype, parallel))
             for component in COMPONENTS
@@ -168,13 +169,13 @@ class Pipeline:
         Where the tokenizer needs a file there is none, and `prompt_embeds` stand in for a prompt.
         """
         config = PRESETS[model] if isinstance(model, str) else model
-        parallel = parallel or SingleDevice()
+        parallel = (parallel or SingleDevice()).for_model(config)
         # The rbg generator compiles several times faster than threefry over a model's many leaves.
         keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(COMPONENTS))
         params = {}
         for key, (component, module) in zip(keys, COMPONENTS.items(), strict=True):
             if (part := getattr(config, component)) is not None:
-                shardings = parallel.shardings(modules.abstract(module, part))
+                shardings = parallel.shardings(modules.abstract(module, part), component)
                 init = functools.partial(modules.init, module, part, dtype=jnp.dtype(dtype))
                 params[component] = jax.jit(init, out_shardings=shardings)(key)
         tokenizer = None
@@ -405,7 +406,7 @@ def _abstract(config: ModelConfig, component: str, dtype, parallel: Parallel):
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        parallel.shardings(shapes),
+        parallel.shardings(shapes, component),
     )
 
 

@@ -58,6 +58,7 @@ class RolloutSpec:
         Raises ValueError where window, sink and block do not fit; see `CacheLayout.create`.
         """
         tokens, parallel = grid[0] * grid[1], parallel or SingleDevice()
+        stored, parts = parallel.cache_shape(tokens)
         layout = CacheLayout.create(
             num_frames,
             tokens=tokens,
@@ -65,7 +66,8 @@ class RolloutSpec:
             lead=int(sampler.independent_first_frame),
             window=window,
             sink=sink,
-            parts=parallel.cache_parts(tokens),
+            stored=stored,
+            parts=parts,
         )
         return cls(transformer, sampler, layout, grid, parallel)
 

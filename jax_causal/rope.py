@@ -35,12 +35,17 @@ def frame_factors(start_frame: int, num_frames: int, head_dim: int) -> np.ndarra
 
 
 @functools.lru_cache(maxsize=64)
-def spatial_factors(height: int, width: int, head_dim: int) -> np.ndarray:
-    """fp32 [2, S, pairs]: cos and sin of the row and column axes of a height x width token grid, row by row."""
+def axis_factors(height: int, width: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """fp32 [2, height, pairs] and [2, width, pairs]: cos and sin of the row and of the column axis."""
     _, row_pairs, column_pairs = axis_pairs(head_dim)
-    rows = np.repeat(_factors(np.arange(height), row_pairs), width, axis=1)
-    columns = np.tile(_factors(np.arange(width), column_pairs), (1, height, 1))
-    return np.concatenate([rows, columns], axis=-1)
+    return _factors(np.arange(height), row_pairs), _factors(np.arange(width), column_pairs)
+
+
+@functools.lru_cache(maxsize=64)
+def spatial_factors(height: int, width: int, head_dim: int) -> np.ndarray:
+    """fp32 [2, S, pairs]: cos and sin of both spatial axes for a height x width token grid, row by row."""
+    rows, columns = axis_factors(height, width, head_dim)
+    return np.concatenate([np.repeat(rows, width, axis=1), np.tile(columns, (1, height, 1))], axis=-1)
 
 
 def tables(frames: jax.Array, spatial: jax.Array) -> jax.Array:

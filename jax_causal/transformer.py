@@ -283,7 +283,7 @@ class CausalDiT(nnx.Module):
         table = parallel.rope(frames, *grid, self.config.head_dim)
 
         def attend(q, k, v, layer, carry):
-            return parallel.attend(q, k, v, table, frame_mask), carry
+            return parallel.attend(q, k, v, table, grid[0] * grid[1], frame_mask), carry
 
         x, e, _ = self._run(x, t, text, attend, None, parallel)
         return x, e

@@ -4,8 +4,8 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Fewer threads than virtual devices can deadlock CPU collectives; jaxlib sizes its pool by this.
-os.environ.setdefault("NPROC", "16")
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ.setdefault("NPROC", "32")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "16")
 # Tests compile much and compute little: code generation without optimisation is several times faster.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # Parity with fp32 goldens needs true fp32 products wherever the tests run.

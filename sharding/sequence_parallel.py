@@ -1,0 +1,235 @@
+"""`SequenceParallel`: the `Parallel` that shards every frame's tokens over a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jax_causal.cache import CacheLayout, KVCache, Placement
+from jax_causal.config import ModelConfig
+from jax_causal.parallel import SingleDevice
+from sharding import causal_rope_sp, specs
+from sharding.causal_rope_sp import Shares
+from sharding.mesh import HEADS, SEQ, make_mesh, pick_devices
+from sharding.specs import CACHE, QKV, TABLE, Rules
+from sharding.strategies import Strategy, Workload, choose
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceParallel:
+    """Asks for sequence parallelism; `for_model` settles strategy and mesh once the model is known.
+
+    Attributes:
+      devices: how many, which ones, or None for all.
+      strategy: "auto", or one of `strategies.NAMES`.
+      mesh: a mesh of the caller's, with axes `batch_axis` (optional), "seq" and "heads" (optional), instead of
+        `devices`. Its degrees then fix the strategy unless it is "gather".
+      batch_axis: mesh axis for the batch.
+      shard_params: shard the transformer's weights over all devices as well, for models that would not fit.
+      backend: attention back end, as in `SingleDevice`.
+      parts: parts that `gather` splits its keys into on each device.
+      unroll: as in `SingleDevice`.
+    """
+
+    devices: int | Sequence[jax.Device] | None = None
+    strategy: str = "auto"
+    _: dataclasses.KW_ONLY
+    mesh: Mesh | None = None
+    batch_axis: str = "data"
+    shard_params: bool = False
+    backend: str = "auto"
+    parts: int = 1
+    unroll: bool | None = None
+
+    def for_model(self, config: ModelConfig) -> Sharded:
+        """The settled form for a model.
+
+        Raises:
+          ValueError: more devices than there are, or a strategy that the heads do not allow.
+        """
+        work = Workload(config.transformer, *_block_of(config))
+        if self.mesh is not None:
+            strategy, mesh = _of_mesh(self.mesh, self.strategy, self.batch_axis)
+            reason = f"{strategy.name} as the mesh has it"
+        else:
+            devices = pick_devices(self.devices)
+            strategy, reason = choose(self.strategy, len(devices), work, _free_memory(devices[0]))
+            mesh = make_mesh(devices, strategy.seq, strategy.heads, batch_axis=self.batch_axis)
+        log.info("%s", reason)
+        return Sharded(
+            mesh=mesh,
+            strategy=strategy,
+            rules=Rules(batch=self.batch_axis),
+            shard_params=self.shard_params,
+            backend=self.backend,
+            parts=self.parts if strategy.gathers else 1,
+            unroll=self.unroll,
+            reason=reason,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharded:
+    """Tokens sharded over a mesh: implements `jax_causal.parallel.Parallel`. Made by `SequenceParallel.for_model`.
+
+    Tokens are padded at the end of every frame to a multiple of the devices; padding is computed and dropped.
+    """
+
+    mesh: Mesh
+    strategy: Strategy
+    rules: Rules = dataclasses.field(default_factory=Rules)
+    shard_params: bool = False
+    backend: str = "auto"
+    parts: int = 1
+    unroll: bool | None = None
+    reason: str = dataclasses.field(default="", compare=False)
+
+    @property
+    def unrolled(self) -> bool:
+        return SingleDevice(unroll=self.unroll).unrolled
+
+    @property
+    def num_devices(self) -> int:
+        return self.mesh.size
+
+    def for_model(self, config: ModelConfig) -> Sharded:
+        return self
+
+    def shares(self, tokens: int) -> Shares:
+        """How a frame's tokens are dealt."""
+        return Shares(tokens, self.strategy.seq, self.strategy.heads)
+
+    # Parameters and cache.
+
+    def shardings(self, abstract, component: str = "transformer"):
+        if component == "text_encoder" or (component == "transformer" and self.shard_params):
+            return specs.fully_sharded(abstract, self.mesh)
+        return specs.replicated(abstract, self.mesh)
+
+    def cache_shape(self, tokens: int) -> tuple[int, int]:
+        if self.strategy.gathers:
+            return tokens, self.parts
+        if self.strategy.seq == 1:
+            return tokens, 1
+        return self.shares(tokens).padded, self.strategy.seq
+
+    def init_cache(self, layout, num_layers, batch, num_heads, head_dim, dtype, *, stacked):
+        names = self._cache_names if stacked else self._cache_names[1:]
+        sizes = (num_layers, batch, num_heads, head_dim)
+        device = self.rules.sharding(names, self.mesh)
+        return KVCache.zeros(layout, *sizes, dtype, stacked=stacked, device=device)
+
+    @property
+    def _cache_names(self):
+        return ("layers", "batch", None, None, None, None) if self.strategy.gathers else CACHE
+
+    # Tokens.
+
+    def constrain(self, x, names):
+        return jax.lax.with_sharding_constraint(x, self.rules.sharding(names, self.mesh))
+
+    def to_tokens(self, latent, patch):
+        tokens = SingleDevice().to_tokens(latent, patch)
+        padding = self.shares(tokens.shape[2]).padded - tokens.shape[2]
+        tokens = jnp.pad(tokens, ((0, 0), (0, 0), (0, padding), (0, 0)))
+        return self.constrain(tokens, ("batch", "frames", "tokens", None))
+
+    def from_tokens(self, tokens, patch, height, width):
+        return SingleDevice().from_tokens(tokens[:, :, : height * width], patch, height, width)
+
+    def rope(self, frames, height, width, head_dim):
+        shares = self.shares(height * width)
+        body = functools.partial(
+            causal_rope_sp.local_table, shares=shares, height=height, width=width, head_dim=head_dim
+        )
+        return self._shard_map(body, (P(),), self._spec(TABLE))(jnp.asarray(frames))
+
+    # Attention.
+
+    def attend_cached(self, q, k, v, table, cache: KVCache, layer, placement: Placement, layout: CacheLayout):
+        if isinstance(cache.k, tuple):  # only this layer's arrays go in, stacked alone
+            one = KVCache(cache.k[layer][None], cache.v[layer][None])
+            out, one = self.attend_cached(q, k, v, table, one, 0, placement, layout)
+            return out, cache.replace_layer(layer, one.k[0], one.v[0])
+        attend = causal_rope_sp.attend_gathered
+        local = layout
+        if not self.strategy.gathers:
+            attend = causal_rope_sp.attend_traded
+            share = layout.stored // layout.parts
+            local = dataclasses.replace(layout, tokens=share, stored=share, parts=1)
+        body = functools.partial(
+            attend, layout=local, shares=self.shares(layout.tokens), backend=self.backend
+        )
+        held = jax.tree.map(lambda _: self._spec(self._cache_names), cache)
+        tokens = self._spec(QKV)
+        in_specs = (tokens, tokens, tokens, self._spec(TABLE), held, P(), P(), P())
+        return self._shard_map(body, in_specs, (tokens, held))(
+            q,
+            k,
+            v,
+            table,
+            cache,
+            jnp.asarray(layer),
+            jnp.asarray(placement.slots),
+            jnp.asarray(placement.held),
+        )
+
+    def attend(self, q, k, v, table, tokens, frame_mask=None):
+        body = functools.partial(
+            causal_rope_sp.attend_whole,
+            frame_mask=frame_mask,
+            shares=self.shares(tokens),
+            backend=self.backend,
+        )
+        spec = self._spec(QKV)
+        return self._shard_map(body, (spec, spec, spec, self._spec(TABLE)), spec)(q, k, v, table)
+
+    def attend_text(self, q, k, v):
+        spec, text = self._spec(QKV), self._spec(("batch",))
+        body = SingleDevice(backend=self.backend).attend_text
+        return self._shard_map(body, (spec, text, text), spec)(q, k, v)
+
+    def _spec(self, names) -> P:
+        return self.rules.spec(names)
+
+    def _shard_map(self, body, in_specs, out_specs):
+        return jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
+
+
+def _block_of(config: ModelConfig) -> tuple[int, int, int]:
+    """(tokens of a frame, frames of a block, frames held) of the model's default video."""
+    step = config.transformer.patch_size * (config.vae.spatial_factor if config.vae else 8)
+    tokens = (config.height // step) * (config.width // step)
+    return tokens, config.sampler.frames_per_block, config.sampler.trained_frames
+
+
+def _free_memory(device) -> int | None:
+    """Bytes that the device has left, or None where it does not say (CPUs)."""
+    stats = device.memory_stats() or {}
+    return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
+
+
+def _of_mesh(mesh: Mesh, name: str, batch_axis: str) -> tuple[Strategy, Mesh]:
+    """Strategy and normalised mesh of a caller's mesh."""
+    unknown = set(mesh.axis_names) - {batch_axis, SEQ, HEADS}
+    if unknown:
+        raise ValueError(
+            f"the mesh has axes {sorted(unknown)}; known are {batch_axis!r} (batch_axis=), {SEQ!r} and {HEADS!r}"
+        )
+    seq, heads = mesh.shape.get(SEQ, 1), mesh.shape.get(HEADS, 1)
+    order = [axis for axis in (batch_axis, SEQ, HEADS) if axis in mesh.axis_names]
+    devices = mesh.devices.transpose([mesh.axis_names.index(axis) for axis in order])
+    if name == "auto":
+        name = "ulysses" if seq == 1 else "ring" if heads == 1 else "hybrid"
+    if name == "gather" and heads > 1:
+        raise ValueError(f"gather shards over {SEQ!r} alone: use a mesh without {HEADS!r}")
+    return Strategy(name, seq, heads), make_mesh(devices.ravel(), seq, heads, batch_axis=batch_axis)
