@@ -34,13 +34,6 @@ Report = Callable[[str, float], None]
 
 COMPONENTS = {"transformer": transformer.CausalDiT, "vae": VAE, "text_encoder": UMT5Encoder}
 
-# Public sources of each component, for error messages.
-_SOURCES = {
-    "transformer": "gdhe17/Self-Forcing:checkpoints/self_forcing_dmd.pt",
-    "vae": "Wan-AI/Wan2.1-T2V-1.3B",
-    "text_encoder": "Wan-AI/Wan2.1-T2V-1.3B",
-}
-
 
 @functools.partial(jax.jit, static_argnames="config")
 def encode_text(config, params, ids, mask) -> jax.Array:
@@ -74,6 +67,7 @@ class Pipeline:
       tokenizer: prompts to token ids, or None where there is no text encoder.
       parallel: how it is run.
       window, sink: latent frames attended to and kept for ever; see `CacheLayout.create`.
+      folder: the model folder it came from, if any.
     """
 
     def __init__(
@@ -85,9 +79,10 @@ class Pipeline:
         parallel: Parallel | None = None,
         window: int | None = None,
         sink: int = 0,
+        folder: Path | None = None,
     ):
         _check_kind(config)
-        self.config, self.params, self.tokenizer = config, dict(params), tokenizer
+        self.config, self.params, self.tokenizer, self.folder = config, dict(params), tokenizer, folder
         self.parallel = (parallel or SingleDevice()).for_model(config)
         self.window, self.sink = window, sink
         if self.parallel.unrolled and not transformer.is_unrolled(self.params["transformer"]):
@@ -123,29 +118,28 @@ class Pipeline:
                 return cls._without_weights(str(name_or_folder), dtype, parallel, window, sink)
         config = _read_config(folder, str(name_or_folder))
         _check_kind(config)
+        missing = checkpoint.missing(folder)
         for component in ("transformer", "vae"):
-            if getattr(config, component) is None or not (folder / component).exists():
-                raise FileNotFoundError(_missing(component, folder))
+            if component in missing:
+                raise FileNotFoundError(_incomplete(folder, component))
         parallel = (parallel or SingleDevice()).for_model(config)
         params = {
             component: checkpoint.restore(folder / component, _abstract(config, component, dtype, parallel))
             for component in COMPONENTS
-            if getattr(config, component) is not None and (folder / component).exists()
+            if component not in missing
         }
         tokenizer = None
         if "text_encoder" in params and config.tokenizer is not None:
             length = config.text_encoder.max_length
             tokenizer = load_tokenizer(config.tokenizer, folder / "tokenizer", length)
-        pipe = cls(config, params, tokenizer, parallel=parallel, window=window, sink=sink)
-        pipe.folder = folder
-        return pipe
+        return cls(config, params, tokenizer, parallel=parallel, window=window, sink=sink, folder=folder)
 
     @classmethod
     def _without_weights(cls, name, dtype, parallel, window, sink):
         if name != "tiny":
             raise FileNotFoundError(
                 f"{name} is a preset without bundled weights: convert a checkpoint with `jax-causal convert "
-                f"{_SOURCES['transformer']} FOLDER` and load the folder, or use Pipeline.random({name!r})"
+                f"{checkpoint.SOURCES['transformer']} FOLDER` and load the folder, or use Pipeline.random({name!r})"
             )
         warnings.warn(
             "no trained weights are bundled yet: this model is random and shows noise, not your prompt",
@@ -261,9 +255,7 @@ class Pipeline:
         )
         tokens = None
         if request.prompt_embeds is None:
-            if self.tokenizer is None:
-                raise ValueError(self._no_text_encoder())
-            tokens = self.tokenizer(request.prompts)
+            tokens = self._tokenize(request.prompts)
         return self._frames(request, tokens, report)
 
     def warmup(
@@ -376,11 +368,21 @@ class Pipeline:
         frames = np.asarray(frames)
         return frames if request.batched else frames[0]
 
-    def _no_text_encoder(self) -> str:
-        folder = getattr(self, "folder", None)
-        if folder is None:
-            return "this model has no text encoder and tokenizer: pass prompt_embeds instead of a prompt"
-        return _missing("text_encoder", folder)
+    def _tokenize(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        if self.tokenizer is None and self.folder is None:
+            raise ValueError(
+                "this model has no text encoder and tokenizer: pass prompt_embeds instead of a prompt"
+            )
+        if self.tokenizer is None:
+            lacking = checkpoint.missing(self.folder)
+            raise ValueError(_incomplete(self.folder, min(lacking, key=list(checkpoint.SOURCES).index)))
+        ids, mask = self.tokenizer(prompts)
+        if ids.max() >= (size := self.config.text_encoder.vocab_size):
+            raise ValueError(
+                f"the tokenizer gives the token {ids.max()}, and the text encoder knows {size}: they do not belong "
+                "together; convert both from one source"
+            )
+        return ids, mask
 
 
 class _Phases:
@@ -421,7 +423,7 @@ def _read_config(folder: Path, name: str) -> ModelConfig:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{folder} has no config.json, so it is not a model folder: make one with "
-            f"jax-causal convert {_SOURCES['transformer']} {folder}"
+            f"jax-causal convert {checkpoint.SOURCES['transformer']} {folder}"
         )
     return ModelConfig.from_json((folder / "config.json").read_text())
 
@@ -431,12 +433,9 @@ def _check_kind(config: ModelConfig) -> None:
         raise ValueError(
             f"{config.name} is a {config.kind} model, which a few-step causal rollout cannot sample: it was not "
             "distilled for it, so every video would be noise. Convert distilled causal weights instead: "
-            f"jax-causal convert {_SOURCES['transformer']} FOLDER"
+            f"jax-causal convert {checkpoint.SOURCES['transformer']} FOLDER"
         )
 
 
-def _missing(component: str, folder: Path) -> str:
-    return (
-        f"{folder} has no {component.replace('_', ' ')} yet: add it with "
-        f"jax-causal convert {_SOURCES[component]} {folder}"
-    )
+def _incomplete(folder: Path, component: str) -> str:
+    return f"{folder} has no {component.replace('_', ' ')} yet: add it with {checkpoint.missing(folder)[component]}"
