@@ -168,8 +168,10 @@ def test_bfloat16_stays_bfloat16():
     )
     assert out.dtype == jnp.bfloat16
     error = _flow(out.astype(jnp.float32), data["x"]) - data["flow"]
-    # Two layers of bf16 rounding (2^-9 each) in residual stream and modulation; measured 0.006.
-    assert np.linalg.norm(error) / np.linalg.norm(data["flow"]) < 0.02
+    relative = np.linalg.norm(error) / np.linalg.norm(data["flow"])
+    print(f"bf16 relative error of one pass: {relative:.4f}")
+    # About ten roundings to 2^-9 per layer, in weights, residual stream and modulation.
+    assert relative < 0.02
 
 
 @pytest.mark.golden
