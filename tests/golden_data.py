@@ -41,3 +41,8 @@ def numbered(data: dict[str, np.ndarray], prefix: str, suffix: str = "") -> list
     keys = sorted(k for k in data if k.startswith(prefix) and k.endswith(suffix))
     keys = [k for k in keys if k[len(prefix) : len(k) - len(suffix)].isdigit()]
     return [data[k] for k in keys]
+
+
+def divisors(number: int) -> list[int]:
+    """All of them but 1, ascending."""
+    return [d for d in range(2, number + 1) if number % d == 0]

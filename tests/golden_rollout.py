@@ -11,6 +11,7 @@ from tests.models import golden_sampler, golden_transformer
 
 ATOL = 1e-4
 ROLLOUTS = golden_data.names("rollout_")
+FRAME_TOKENS = golden_data.settings(golden_data.load("rollout_local_sink"))["frame_tokens"]
 
 
 class GoldenRollout:
@@ -37,7 +38,8 @@ class GoldenRollout:
             parallel=parallel,
         )
         self.dtype = dtype
-        self.cache = rollout.init_cache(self.spec, 1, dtype, stacked=not unrolled)
+        self.batch = self.data["noise"].shape[0]
+        self.cache = rollout.init_cache(self.spec, self.batch, dtype, stacked=not unrolled)
         self.text = rollout.embed_text(self.spec, self.params, self.data["context"])
 
     def tokens(self, latent):
@@ -51,7 +53,8 @@ class GoldenRollout:
 
     def blocks(self):
         """(place, noise, renoise) of every block to denoise."""
-        draws = golden_data.numbered(self.data, "renoise")
+        draws = golden_data.numbered(self.data, "renoise")  # [B * F, C, h, w] each
+        draws = [r.reshape(self.batch, -1, *r.shape[1:]) for r in draws]
         draws = rollout.split_renoise(self.spec, draws, self.num_frames, self.initial)
         plan = rollout.block_sizes(self.num_frames, self.sampler, self.initial)
         for (start, size), renoise in zip(plan, draws, strict=True):
@@ -87,7 +90,7 @@ class GoldenRollout:
         assert len(held) * layout.tokens == self.data["final_cache_last_k"].shape[1]
         for index, name in enumerate("kv"):
             expected = self.data[f"final_cache_last_{name}"]
-            expected = expected.reshape(1, len(held), layout.tokens, *expected.shape[2:])
+            expected = expected.reshape(self.batch, len(held), layout.tokens, *expected.shape[2:])
             for position, frame in enumerate(held):
                 got = self.cache.read_frame(layout, self.config.num_layers - 1, int(layout.slot(frame)))
                 np.testing.assert_allclose(got[index], expected[:, position], atol=atol, err_msg=f"{frame}")

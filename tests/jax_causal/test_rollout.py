@@ -11,7 +11,8 @@ from jax_causal import flow, rollout, transformer
 from jax_causal.config import SamplerConfig, TransformerConfig
 from jax_causal.parallel import SingleDevice
 from jax_causal.rollout import RolloutSpec
-from tests.golden_rollout import ATOL, ROLLOUTS, GoldenRollout
+from tests import golden_data
+from tests.golden_rollout import ATOL, FRAME_TOKENS, ROLLOUTS, GoldenRollout
 from tests.models import patchify
 
 
@@ -25,7 +26,7 @@ def test_rollout(name, unrolled):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("parts", [2, 3, 6])
+@pytest.mark.parametrize("parts", golden_data.divisors(FRAME_TOKENS))
 def test_rollout_with_split_keys(parts):
     golden = GoldenRollout("rollout_local_sink", SingleDevice(parts=parts))
     np.testing.assert_allclose(golden.run(), golden.data["latents"], atol=ATOL)

@@ -8,8 +8,10 @@ import pytest
 
 from jax_causal.config import PRESETS
 from sharding import SequenceParallel
+from sharding.strategies import fitting
+from tests import golden_data
 from tests.golden_data import load
-from tests.golden_rollout import ATOL, ROLLOUTS, GoldenRollout
+from tests.golden_rollout import ATOL, FRAME_TOKENS, ROLLOUTS, GoldenRollout
 from tests.models import golden_transformer
 
 pytestmark = [pytest.mark.golden, pytest.mark.sp]
@@ -64,6 +66,10 @@ def _golden(name, strategy, count, unrolled=False, **kwargs):
 
 @pytest.mark.parametrize(("name", "strategy", "count"), list(_cases()))
 def test_rollout(name, strategy, count):
+    if strategy != "auto" and strategy not in fitting(count, golden_transformer(load(name))[0].num_heads):
+        with pytest.raises(ValueError, match=f"{strategy} (cannot share|needs a common divisor)"):
+            _golden(name, strategy, count)  # another folder's head count: refused, not wrong
+        return
     golden = _golden(name, strategy, count)
     assert golden.spec.parallel.num_devices == count
     np.testing.assert_allclose(golden.run(), golden.data["latents"], atol=ATOL)
@@ -72,12 +78,13 @@ def test_rollout(name, strategy, count):
 
 @pytest.mark.parametrize("strategy", ["gather", "ring", "hybrid"])
 def test_rollout_unrolled(strategy):
-    golden = _golden("rollout_local_sink", strategy, 4, unrolled=True)
+    heads = golden_transformer(load("rollout_local_sink"))[0].num_heads
+    golden = _golden("rollout_local_sink", strategy, 2 * heads, unrolled=True)
     np.testing.assert_allclose(golden.run(), golden.data["latents"], atol=ATOL)
     golden.check_cache(ATOL)
 
 
-@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("parts", golden_data.divisors(FRAME_TOKENS)[:2])
 def test_gather_with_split_keys(parts):
     golden = _golden("rollout_local_sink", "gather", 4, parts=parts)
     np.testing.assert_allclose(golden.run(), golden.data["latents"], atol=ATOL)
