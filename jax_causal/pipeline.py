@@ -21,6 +21,7 @@ import numpy as np
 
 from jax_causal import checkpoint, modules, rollout, transformer
 from jax_causal.config import PRESETS, ModelConfig, VAEConfig
+from jax_causal.model_folder import check_kind, find_model, incomplete
 from jax_causal.parallel import Parallel, SingleDevice
 from jax_causal.request import Request, prepare
 from jax_causal.rollout import RolloutSpec
@@ -81,7 +82,7 @@ class Pipeline:
         sink: int = 0,
         folder: Path | None = None,
     ):
-        _check_kind(config)
+        check_kind(config)
         self.config, self.params, self.tokenizer, self.folder = config, dict(params), tokenizer, folder
         self.parallel = (parallel or SingleDevice()).for_model(config)
         self.window, self.sink = window, sink
@@ -110,42 +111,25 @@ class Pipeline:
           FileNotFoundError: no such folder, or a component is missing; the message names the command to run.
           ValueError: an undistilled model, a damaged checkpoint or a config that does not fit it.
         """
-        dtype = jnp.dtype(dtype)
-        folder = Path(name_or_folder)
-        if not folder.is_dir() and str(name_or_folder) in PRESETS:
-            folder = Path(__file__).parent / "weights" / str(name_or_folder)
-            if not folder.is_dir():
-                return cls._without_weights(str(name_or_folder), dtype, parallel, window, sink)
-        config = _read_config(folder, str(name_or_folder))
-        _check_kind(config)
-        missing = checkpoint.missing(folder)
-        for component in ("transformer", "vae"):
-            if component in missing:
-                raise FileNotFoundError(_incomplete(folder, component))
+        config, folder = find_model(name_or_folder)
+        if folder is None:
+            warnings.warn(
+                "no trained weights are bundled yet: this model is random and shows noise, not your prompt",
+                stacklevel=2,
+            )
+            return cls.random(config, dtype=dtype, parallel=parallel, window=window, sink=sink)
+        dtype, missing = jnp.dtype(dtype), checkpoint.missing(folder)
         parallel = (parallel or SingleDevice()).for_model(config)
+        tokenizer = None
+        if "text_encoder" not in missing and config.tokenizer is not None:
+            length = config.text_encoder.max_length
+            tokenizer = load_tokenizer(config.tokenizer, folder / "tokenizer", length)
         params = {
             component: checkpoint.restore(folder / component, _abstract(config, component, dtype, parallel))
             for component in COMPONENTS
             if component not in missing
         }
-        tokenizer = None
-        if "text_encoder" in params and config.tokenizer is not None:
-            length = config.text_encoder.max_length
-            tokenizer = load_tokenizer(config.tokenizer, folder / "tokenizer", length)
         return cls(config, params, tokenizer, parallel=parallel, window=window, sink=sink, folder=folder)
-
-    @classmethod
-    def _without_weights(cls, name, dtype, parallel, window, sink):
-        if name != "tiny":
-            raise FileNotFoundError(
-                f"{name} is a preset without bundled weights: convert a checkpoint with `jax-causal convert "
-                f"{checkpoint.SOURCES['transformer']} FOLDER` and load the folder, or use Pipeline.random({name!r})"
-            )
-        warnings.warn(
-            "no trained weights are bundled yet: this model is random and shows noise, not your prompt",
-            stacklevel=3,
-        )
-        return cls.random(name, dtype=dtype, parallel=parallel, window=window, sink=sink)
 
     @classmethod
     def random(
@@ -375,7 +359,7 @@ class Pipeline:
             )
         if self.tokenizer is None:
             lacking = checkpoint.missing(self.folder)
-            raise ValueError(_incomplete(self.folder, min(lacking, key=list(checkpoint.SOURCES).index)))
+            raise ValueError(incomplete(self.folder, min(lacking, key=list(checkpoint.SOURCES).index)))
         ids, mask = self.tokenizer(prompts)
         if ids.max() >= (size := self.config.text_encoder.vocab_size):
             raise ValueError(
@@ -410,32 +394,3 @@ def _abstract(config: ModelConfig, component: str, dtype, parallel: Parallel):
         shapes,
         parallel.shardings(shapes, component),
     )
-
-
-def _read_config(folder: Path, name: str) -> ModelConfig:
-    if not folder.is_dir():
-        if name.count("/") == 1 and not name.startswith((".", "/")):
-            raise FileNotFoundError(
-                f"{name} is not a folder here. If it names original weights on the hub, convert them first: "
-                f"jax-causal convert {name} FOLDER"
-            )
-        raise FileNotFoundError(f"there is no model folder {name}; bundled models: tiny")
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} has no config.json, so it is not a model folder: make one with "
-            f"jax-causal convert {checkpoint.SOURCES['transformer']} {folder}"
-        )
-    return ModelConfig.from_json((folder / "config.json").read_text())
-
-
-def _check_kind(config: ModelConfig) -> None:
-    if config.kind != "causal-distilled":
-        raise ValueError(
-            f"{config.name} is a {config.kind} model, which a few-step causal rollout cannot sample: it was not "
-            "distilled for it, so every video would be noise. Convert distilled causal weights instead: "
-            f"jax-causal convert {checkpoint.SOURCES['transformer']} FOLDER"
-        )
-
-
-def _incomplete(folder: Path, component: str) -> str:
-    return f"{folder} has no {component.replace('_', ' ')} yet: add it with {checkpoint.missing(folder)[component]}"

@@ -213,6 +213,8 @@ def _keys(seed, batch: int) -> jax.Array:
     seeds = [seed + i for i in range(batch)] if isinstance(seed, (int, np.integer)) else list(seed)
     if len(seeds) != batch:
         raise ValueError(f"{len(seeds)} seeds for {batch} videos: give one each, or a single number")
+    if outside := [s for s in seeds if not 0 <= s < 2**32]:
+        raise ValueError(f"seed={outside[0]} must be a whole number from 0 to {2**32 - 1}")
     return jax.random.wrap_key_data(np.stack([jax.random.key_data(jax.random.key(s)) for s in seeds]))
 
 

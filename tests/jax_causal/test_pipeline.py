@@ -277,6 +277,8 @@ def test_config_round_trip_and_hash():
         ({"video": np.zeros((5, 16, 24, 3))}, "must be uint8"),
         ({"video": np.zeros((13, 16, 24, 3), np.uint8)}, "ask for more"),
         ({"seed": [1, 2]}, "2 seeds for 1 videos"),
+        ({"seed": 2**32}, "from 0 to 4294967295"),
+        ({"seed": -1}, "from 0 to 4294967295"),
         ({"noise": np.zeros((1, 3, 16, 4, 6))}, r"noise must be \[1, 4, 16, 4, 6\]"),
         ({"renoise": [np.zeros((2, 16, 4, 6))]}, "2, not 1"),
         ({"renoise": [np.zeros((2, 16, 4, 4))] * 2}, "must end in"),

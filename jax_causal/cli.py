@@ -1,0 +1,235 @@
+"""The command line: `jax-causal VERB`.
+
+Parsing comes first and imports nothing heavy, so that help and bad usage answer at once, and so that what JAX must
+know before it starts is in the environment when a verb imports it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jax_causal import __version__, environment
+
+_GENERATE = """\
+examples:
+  jax-causal generate "a red ball rolls to the right" --out ball.mp4
+  jax-causal generate "a harbour at dawn" --out dawn.mp4 --model FOLDER --seed 7
+  jax-causal generate --prompts prompts.txt --out videos --model FOLDER
+
+times:
+  first_frame_s and total_s start when the prompt is handed to the loaded model.
+  They contain text encoding, denoising, context passes and decoding; total_s
+  ends when the file is complete, and fps is frames / total_s. Loading is not in
+  them. Compiling is, unless --warmup does it before; compile_s says how much it
+  was. The phases (text_s, denoise_s, ...) never contain compiling.
+
+prompts files:
+  One prompt per line; empty lines and lines that start with # are skipped.
+  Videos are numbered 0001.mp4, 0002.mp4, ... and all take the same --seed, so
+  that any of them can be made again alone. After an interruption the same
+  command continues. --json writes one line per video.
+
+environment:
+  Compiled programs are kept in ~/.cache/jax_causal/xla; the variable
+  JAX_COMPILATION_CACHE_DIR names another folder. JAX_CAUSAL_TRACEBACK=1 shows
+  where an error came from.
+"""
+
+_CONVERT = """\
+examples:
+  jax-causal convert gdhe17/Self-Forcing/checkpoints/self_forcing_dmd.pt FOLDER
+  jax-causal convert Wan-AI/Wan2.1-T2V-1.3B/Wan2.1_VAE.pth FOLDER
+  jax-causal convert downloads/self_forcing_dmd.pt FOLDER --dtype bfloat16
+
+FOLDER is complete once it has a transformer, a vae, a text encoder and a
+tokenizer; convert says what is still missing and which command adds it.
+"""
+
+_BAD_INPUT = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message):
+        # Without the usage: it is long enough to hide the message.
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0, 1 for a failure, 2 for bad input, 130 for Ctrl-C.
+
+    `JAX_CAUSAL_TRACEBACK=1` in the environment lets errors through with their traceback.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = _parse(argv)
+    environment.apply()
+    from jax_causal import console
+
+    try:
+        with console.plain_warnings():
+            args.run(args)
+        return 0
+    except KeyboardInterrupt:
+        without = " without --overwrite" if getattr(args, "overwrite", False) else ""
+        again = f"; the same command{without} continues" if getattr(args, "prompts", None) else ""
+        console.note(f"interrupted: nothing half-written was left{again}")
+        return 130
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        message, status = _explain(error)
+        if message is None or os.environ.get("JAX_CAUSAL_TRACEBACK"):
+            raise
+        console.error(message)
+        return status
+
+
+def _explain(error: Exception) -> tuple[str | None, int]:
+    """(message, exit status) of an expected error; the message of any other is None."""
+    if isinstance(error, ValueError):
+        return str(error), 2
+    if isinstance(error, OSError):
+        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+        return message, 2 if isinstance(error, _BAD_INPUT) else 1
+    if isinstance(error, RuntimeError):
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            return None, 1
+        mends = "a smaller --window, --height and --width, or --precision bfloat16"
+        return f"the device's memory is full: try {mends} ({str(error).splitlines()[0]})", 1
+    return str(error), 1
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="jax-causal",
+        description="Text to video, block by block, in JAX.",
+        epilog='first video:\n  jax-causal generate "a red ball rolls to the right" --out ball.mp4\n',
+    )
+    parser.add_argument("--version", action="version", version=f"jax-causal {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb", required=True)
+    generate = verbs.add_parser(
+        "generate",
+        help="make videos from prompts",
+        description="Makes a video from a prompt, or one from every line of a file.",
+        epilog=_GENERATE,
+    )
+    _generate_arguments(generate)
+    generate.set_defaults(run=_generate)
+    convert = verbs.add_parser(
+        "convert",
+        help="make a model folder from PyTorch weights",
+        description="Adds every component that SOURCE holds to the model folder DEST.",
+        epilog=_CONVERT,
+    )
+    if not argv:
+        parser.print_help(sys.stderr)
+        parser.exit(2)
+    verb = argv[0]
+    if verb == "convert":
+        _convert_arguments(convert)
+    elif not verb.startswith("-") and verb not in verbs.choices:
+        near = difflib.get_close_matches(verb, verbs.choices, n=1, cutoff=0.5) or ["generate"]
+        hint = f'jax-causal generate "{verb}"' if " " in verb else near[0]
+        parser.error(f"unknown verb {verb!r}: did you mean {hint}?")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        _refuse(verbs.choices[args.verb], unknown[0])
+    return args
+
+
+def _refuse(parser: argparse.ArgumentParser, word: str) -> None:
+    """Ends with an error about an argument that `parser` does not know."""
+    if word.startswith("-"):
+        near = difflib.get_close_matches(word, parser._option_string_actions, n=1)
+        parser.error(f"unknown option {word}" + (f": did you mean {near[0]}?" if near else ""))
+    parser.error(f"unexpected {word!r}: a prompt of several words goes in quotes")
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what to make").add_mutually_exclusive_group(required=True)
+    what.add_argument("prompt", metavar="PROMPT", nargs="?", help="what the video shows")
+    what.add_argument(
+        "--prompts", metavar="FILE", type=Path, help="a prompt per line; --out is then a folder"
+    )
+
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--out",
+        metavar="PATH",
+        type=Path,
+        required=True,
+        help="video to write, .mp4 or .gif; a folder with --prompts",
+    )
+    output.add_argument("--overwrite", action="store_true", help="replace what --out holds")
+    output.add_argument("--quiet", action="store_true", help="show warnings and errors only")
+
+    video = parser.add_argument_group("video")
+    video.add_argument("--frames", metavar="N", type=_whole(1), help="video frames (default: the model's)")
+    video.add_argument("--height", metavar="N", type=_whole(1), help="pixels (default: the model's)")
+    video.add_argument("--width", metavar="N", type=_whole(1), help="pixels (default: the model's)")
+    given = video.add_mutually_exclusive_group()
+    given.add_argument(
+        "--image", metavar="FILE", type=Path, help="first frame, for models that can start from one"
+    )
+    given.add_argument("--video", metavar="FILE", type=Path, help="clip to extend; --frames counts it too")
+
+    model = _model_arguments(parser)
+    model.add_argument("--warmup", action="store_true", help="compile before the clock starts")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from jax_causal import generate
+
+    generate.run(args)
+
+
+def _model_arguments(parser: argparse.ArgumentParser):
+    """Options of every verb that runs a model."""
+    group = parser.add_argument_group("model")
+    which = group.add_mutually_exclusive_group()
+    which.add_argument(
+        "--model", metavar="NAME|FOLDER", default="tiny", help="bundled model or model folder (tiny)"
+    )
+    which.add_argument("--preset", metavar="NAME", help="random weights of this size instead: shows noise")
+    group.add_argument(
+        "--precision",
+        choices=("auto", "bfloat16", "float32"),
+        default="auto",
+        help="auto is bfloat16 on accelerators and float32, which is faster there, on CPUs",
+    )
+    group.add_argument(
+        "--window", metavar="N", type=_whole(1), help="latent frames attended to (default: all)"
+    )
+    group.add_argument(
+        "--sink", metavar="N", type=_whole(0), default=0, help="first latent frames kept in the window"
+    )
+    seed = _whole(0, 2**32 - 1)  # JAX would drop higher bits
+    group.add_argument("--seed", metavar="N", type=seed, default=0, help="of the noise (0)")
+    group.add_argument("--json", metavar="FILE", help="write timings and settings; - is standard output")
+    return group
+
+
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    # Converting needs no accelerator, and must not take one's memory.
+    environment.apply(platform="cpu")
+    from converters import convert
+
+    convert.add_arguments(parser)
+    parser.set_defaults(run=convert.run)
+
+
+def _whole(low: int, high: int | None = None):
+    """A parser of whole numbers from `low` to `high`, both included."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < low or (high is not None and int(text) > high):
+            bounds = f"{low} or more" if high is None else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, {bounds}")
+        return int(text)
+
+    return parse

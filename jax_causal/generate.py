@@ -1,0 +1,214 @@
+"""`jax-causal generate`: a prompt to a video file, or a file of prompts to a folder of them.
+
+Whatever can be wrong is checked before anything is loaded: prompts, outputs, the model's configuration, and the
+request against it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+
+from jax_causal import checkpoint, estimate, rollout
+from jax_causal.config import ModelConfig, TokenizerConfig, preset
+from jax_causal.console import Display, nbytes, warn
+from jax_causal.model_folder import find_model, incomplete
+from jax_causal.outputs import VideoFolder, json_writer
+from jax_causal.parallel import SingleDevice
+from jax_causal.pipeline import Pipeline
+from jax_causal.request import Request, prepare
+from jax_causal.timings import CompileClock, Timings
+from jax_causal.tokenizer import clean_prompt
+from jax_causal.video import VideoWriter
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What the arguments ask for, checked and made definite.
+
+    Attributes:
+      config: the model's.
+      folder: the model's; None for random weights.
+      precision: name of a dtype.
+      inputs: keyword arguments of `Pipeline.stream`, the prompt apart.
+      limits: window and sink.
+      request: what `stream` will make of the first prompt.
+    """
+
+    config: ModelConfig
+    folder: Path | None
+    precision: str
+    inputs: dict
+    limits: dict
+    request: Request
+
+    @classmethod
+    def create(cls, args: argparse.Namespace, prompt: str) -> Job:
+        """Raises ValueError or OSError; the message names what would do."""
+        config, folder = _find_model(args)
+        precision = args.precision
+        if precision == "auto":
+            precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        inputs = {
+            "num_frames": args.frames or config.num_frames,
+            "height": args.height or config.height,
+            "width": args.width or config.width,
+            "seed": args.seed,
+            "image": args.image,
+            "video": args.video,
+        }
+        limits = {"window": args.window, "sink": args.sink}
+        unused = dict.fromkeys(("prompt_embeds", "noise", "renoise"))
+        request = prepare(config, parallel=SingleDevice(), prompt=prompt, **inputs, **limits, **unused)
+        return cls(config, folder, precision, inputs, limits, request)
+
+    @property
+    def settings(self) -> dict:
+        """All that the frames depend on beside the prompt, as JSON values."""
+        model = self.config.name if self.folder is None else self.folder.resolve()
+        settings = {"model": model, "precision": self.precision, **self.inputs, **self.limits}
+        settings["frames"] = settings.pop("num_frames")
+        return {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the video, given ones included."""
+        return len(list(rollout.block_sizes(self.request.num_frames, self.config.sampler)))
+
+    def load(self) -> Pipeline:
+        """The model, with its weights or random ones."""
+        if self.folder is None:
+            return Pipeline.random(self.config, dtype=self.precision, **self.limits)
+        return Pipeline.from_pretrained(self.folder, dtype=self.precision, **self.limits)
+
+    def facts(self) -> dict:
+        """What a record of timings says beside the timings."""
+        return {
+            "model": self.config.name,
+            **{name: self.inputs[name] for name in ("height", "width", "seed")},
+            "precision": self.precision,
+            "devices": 1,
+            "strategy": "single",
+            "device_kind": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+        }
+
+
+def run(args: argparse.Namespace) -> None:
+    """Generates as the parsed arguments say. Raises ValueError or OSError for bad input, before the work begins."""
+    display = Display(quiet=args.quiet)
+    prompts = _read_prompts(args)
+    job = Job.create(args, prompts[0])
+    write_json = json_writer(args.json)
+    many = None
+    if args.prompts:
+        many = VideoFolder(args.out, prompts, job.settings, overwrite=args.overwrite)
+        todo = many.unfinished()
+    else:
+        VideoWriter(
+            args.out, job.config.fps, overwrite=args.overwrite
+        )  # checks that there is a place to write to
+        todo = [(args.out, prompts[0])]
+
+    _announce(job, display)
+    if many:
+        display.print(f"{len(prompts)} prompts, {len(prompts) - len(todo)} of them finished in {args.out}")
+    if not todo:
+        return
+
+    with CompileClock() as clock:
+        with display.working(f"loading {job.config.name}"):
+            pipe = job.load()
+        compile_from = time.perf_counter()
+        if args.warmup:
+            with display.working("compiling"):
+                pipe.warmup(**{name: value for name, value in job.inputs.items() if name != "seed"})
+        if many:
+            many.begin()
+        for path, prompt in todo:
+            timings = Timings(clock, compile_from=compile_from)
+            label = f"{path.name}  " if many else ""
+            with display.progress(timings, job.inputs["num_frames"], job.num_blocks, label=label) as update:
+                with VideoWriter(path, job.config.fps, overwrite=args.overwrite) as writer:
+                    _write(pipe.stream(prompt, report=timings.report, **job.inputs), writer, timings, update)
+                timings.finish()
+            compile_from = time.perf_counter()
+            write_json(timings.to_json() | job.facts() | {"out": str(path)})
+            if not many:
+                display.table(timings)
+            display.finished(path, timings, job.config.fps, brief=bool(many))
+
+
+def _write(chunks, writer: VideoWriter, timings: Timings, update) -> None:
+    """Writes chunks of frames as they come. Video encoding runs beside the model, at most a chunk behind it."""
+    with ThreadPoolExecutor(1) as encoder:
+        written = None
+        for chunk in chunks:
+            timings.add(len(chunk))
+            update()
+            if written:
+                written.result()
+            written = encoder.submit(writer.write, chunk)
+        written.result()
+
+
+def _announce(job: Job, display: Display) -> None:
+    """What will be run, and whether it will fit."""
+    inputs, request, sampler = job.inputs, job.request, job.config.sampler
+    display.header(
+        job.config.name,
+        f"{inputs['num_frames']} frames of {inputs['width']} x {inputs['height']} pixels",
+        f"{job.precision} on {jax.devices()[0].device_kind}",
+        f"seed {inputs['seed']}",
+    )
+    given = 0 if request.given is None else request.given.shape[1]
+    parts = estimate.memory_estimate(job.config, request.spec, 1, job.precision, given_frames=given)
+    needed, available = sum(parts.values()), estimate.device_memory()
+    display.memory(estimate.summary(parts), available)
+    if available and needed > available:
+        warn(
+            f"this needs about {nbytes(needed)} and the device has {nbytes(available)}: "
+            f"try {estimate.mend(parts, request.spec, job.precision)}"
+        )
+    if job.folder is None:
+        warn(f"{job.config.name} has random, untrained weights: the video shows noise, not the prompt")
+    if (context := request.spec.layout.capacity) > sampler.trained_frames:
+        window, sink = sampler.trained_frames, sampler.frames_per_block
+        warn(
+            f"{context} latent frames are attended to and the model was trained on {window}: to stay within, "
+            f"try --window {window} --sink {sink}"
+        )
+
+
+def _read_prompts(args: argparse.Namespace) -> list[str]:
+    if not args.prompts:
+        if not clean_prompt(args.prompt):
+            raise ValueError("the prompt is empty: describe what the video shows in a sentence or more")
+        return [args.prompt]
+    try:
+        lines = args.prompts.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{args.prompts} is not a text file in UTF-8: save it as one") from None
+    prompts = [line.strip() for line in lines if clean_prompt(line) and not line.lstrip().startswith("#")]
+    if not prompts:
+        raise ValueError(f"{args.prompts} holds no prompts: write one per line")
+    return prompts
+
+
+def _find_model(args: argparse.Namespace) -> tuple[ModelConfig, Path | None]:
+    """The model's configuration, and its folder or None where the weights are to be random."""
+    if args.preset:
+        # Without weights there is no tokenizer either. Bytes in its place keep every cost of a run.
+        return dataclasses.replace(preset(args.preset), tokenizer=TokenizerConfig(kind="bytes")), None
+    config, folder = find_model(args.model)
+    missing = {} if folder is None else checkpoint.missing(folder)
+    if config.tokenizer is not None and config.tokenizer.kind == "bytes":
+        missing.pop("tokenizer", None)
+    for part in missing:
+        raise FileNotFoundError(incomplete(folder, part))
+    return config, folder
