@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     args = _parse(argv)
-    environment.apply()
+    environment.apply(devices=getattr(args, "devices", None))
     from jax_causal import console
 
     try:
@@ -185,7 +185,18 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 def _generate(args: argparse.Namespace) -> None:
     from jax_causal import generate
 
-    generate.run(args)
+    generate.run(args, _parallel(args))
+
+
+def _parallel(args: argparse.Namespace):
+    """How to run, as the options say: one device, or several in sequence parallelism."""
+    if args.devices is None and args.strategy is None:
+        from jax_causal.parallel import SingleDevice
+
+        return SingleDevice()
+    from sharding import SequenceParallel
+
+    return SequenceParallel(args.devices, args.strategy or "auto")
 
 
 def _model_arguments(parser: argparse.ArgumentParser):
@@ -207,6 +218,17 @@ def _model_arguments(parser: argparse.ArgumentParser):
     )
     group.add_argument(
         "--sink", metavar="N", type=_whole(0), default=0, help="first latent frames kept in the window"
+    )
+    group.add_argument(
+        "--devices",
+        metavar="N",
+        type=_whole(1),
+        help="shard every frame over N devices (default: one device)",
+    )
+    group.add_argument(
+        "--strategy",
+        metavar="NAME",
+        help="how: auto, gather, ulysses, ring or hybrid (auto, over all devices)",
     )
     seed = _whole(0, 2**32 - 1)  # JAX would drop higher bits
     group.add_argument("--seed", metavar="N", type=seed, default=0, help="of the noise (0)")

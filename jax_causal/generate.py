@@ -19,7 +19,7 @@ from jax_causal.config import ModelConfig, TokenizerConfig, preset
 from jax_causal.console import Display, nbytes, warn
 from jax_causal.model_folder import find_model, incomplete
 from jax_causal.outputs import VideoFolder, json_writer
-from jax_causal.parallel import SingleDevice
+from jax_causal.parallel import Parallel
 from jax_causal.pipeline import Pipeline
 from jax_causal.request import Request, prepare
 from jax_causal.timings import CompileClock, Timings
@@ -36,6 +36,7 @@ class Job:
       folder: the model's; None for random weights.
       precision: name of a dtype.
       inputs: keyword arguments of `Pipeline.stream`, the prompt apart.
+      parallel: how to run, settled for the model.
       limits: window and sink.
       request: what `stream` will make of the first prompt.
     """
@@ -44,11 +45,12 @@ class Job:
     folder: Path | None
     precision: str
     inputs: dict
+    parallel: Parallel
     limits: dict
     request: Request
 
     @classmethod
-    def create(cls, args: argparse.Namespace, prompt: str) -> Job:
+    def create(cls, args: argparse.Namespace, parallel: Parallel, prompt: str) -> Job:
         """Raises ValueError or OSError; the message names what would do."""
         config, folder = _find_model(args)
         precision = args.precision
@@ -64,8 +66,9 @@ class Job:
         }
         limits = {"window": args.window, "sink": args.sink}
         unused = dict.fromkeys(("prompt_embeds", "noise", "renoise"))
-        request = prepare(config, parallel=SingleDevice(), prompt=prompt, **inputs, **limits, **unused)
-        return cls(config, folder, precision, inputs, limits, request)
+        parallel = parallel.for_model(config)
+        request = prepare(config, parallel=parallel, prompt=prompt, **inputs, **limits, **unused)
+        return cls(config, folder, precision, inputs, parallel, limits, request)
 
     @property
     def settings(self) -> dict:
@@ -82,9 +85,10 @@ class Job:
 
     def load(self) -> Pipeline:
         """The model, with its weights or random ones."""
+        options = {"dtype": self.precision, "parallel": self.parallel, **self.limits}
         if self.folder is None:
-            return Pipeline.random(self.config, dtype=self.precision, **self.limits)
-        return Pipeline.from_pretrained(self.folder, dtype=self.precision, **self.limits)
+            return Pipeline.random(self.config, **options)
+        return Pipeline.from_pretrained(self.folder, **options)
 
     def facts(self) -> dict:
         """What a record of timings says beside the timings."""
@@ -92,18 +96,21 @@ class Job:
             "model": self.config.name,
             **{name: self.inputs[name] for name in ("height", "width", "seed")},
             "precision": self.precision,
-            "devices": 1,
-            "strategy": "single",
+            "devices": self.parallel.num_devices,
+            "strategy": self.parallel.name,
             "device_kind": jax.devices()[0].device_kind,
             "jax": jax.__version__,
         }
 
 
-def run(args: argparse.Namespace) -> None:
-    """Generates as the parsed arguments say. Raises ValueError or OSError for bad input, before the work begins."""
+def run(args: argparse.Namespace, parallel: Parallel) -> None:
+    """Generates as the parsed arguments say, run in the way of `parallel`.
+
+    Raises ValueError or OSError for bad input, before the work begins.
+    """
     display = Display(quiet=args.quiet)
     prompts = _read_prompts(args)
-    job = Job.create(args, prompts[0])
+    job = Job.create(args, parallel, prompts[0])
     write_json = json_writer(args.json)
     many = None
     if args.prompts:
@@ -163,7 +170,7 @@ def _announce(job: Job, display: Display) -> None:
     display.header(
         job.config.name,
         f"{inputs['num_frames']} frames of {inputs['width']} x {inputs['height']} pixels",
-        f"{job.precision} on {jax.devices()[0].device_kind}",
+        f"{job.precision} on {_devices(job)}",
         f"seed {inputs['seed']}",
     )
     given = 0 if request.given is None else request.given.shape[1]
@@ -183,6 +190,11 @@ def _announce(job: Job, display: Display) -> None:
             f"{context} latent frames are attended to and the model was trained on {window}: to stay within, "
             f"try --window {window} --sink {sink}"
         )
+
+
+def _devices(job: Job) -> str:
+    kind, count = jax.devices()[0].device_kind, job.parallel.num_devices
+    return kind if count == 1 else f"{count} x {kind}, {job.parallel.name}"
 
 
 def _read_prompts(args: argparse.Namespace) -> list[str]:

@@ -26,6 +26,14 @@ class Parallel(Protocol):
     """
 
     @property
+    def name(self) -> str:
+        """Of the strategy, for people."""
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that share the work."""
+
+    @property
     def unrolled(self) -> bool:
         """Whether layers run unrolled over per-layer arrays instead of a scan over stacked ones."""
 
@@ -80,6 +88,9 @@ class SingleDevice:
     backend: str = "auto"
     parts: int = 1
     unroll: bool | None = None
+
+    name = "single"
+    num_devices = 1
 
     @property
     def unrolled(self) -> bool:

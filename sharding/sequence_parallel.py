@@ -98,6 +98,10 @@ class Sharded:
         return SingleDevice(unroll=self.unroll).unrolled
 
     @property
+    def name(self) -> str:
+        return self.strategy.name
+
+    @property
     def num_devices(self) -> int:
         return self.mesh.size
 
@@ -144,6 +148,8 @@ class Sharded:
         return self.constrain(tokens, ("batch", "frames", "tokens", None))
 
     def from_tokens(self, tokens, patch, height, width):
+        # One gather of a small array; from whole latents any other sharding is a local slice.
+        tokens = self.constrain(tokens, ("batch", "frames"))
         return SingleDevice().from_tokens(tokens[:, :, : height * width], patch, height, width)
 
     def rope(self, frames, height, width, head_dim):

@@ -91,7 +91,7 @@ def test_one_prompt_to_one_video(model, capsys):
     )
     assert files() == ["ball.mp4", "t.json"]
     _pipe(model)(PROMPT, seed=3).save("expected.mp4")
-    assert read("ball.mp4") == read("expected.mp4")
+    assert same_video("ball.mp4", "expected.mp4")
 
     record = json.loads(read("t.json"))
     assert set(record) == KEYS
@@ -123,6 +123,27 @@ def test_one_prompt_to_one_video(model, capsys):
 def read(path):
     with open(path, "rb") as file:
         return file.read()
+
+
+def same_video(a, b) -> bool:
+    """Whether two mp4s show the same: the encoder's threads may round differently from run to run."""
+    first, second = (read_video(path)[0].astype(int) for path in (a, b))
+    return first.shape == second.shape and np.abs(first - second).mean() < 4
+
+
+def test_several_devices(model, capsys):
+    options = ["--model", model, "--json", "-", "--seed", 3]
+    assert run("generate", PROMPT, "--out", "one.gif", *options) == 0
+    assert run("generate", PROMPT, "--out", "four.gif", *options, "--devices", 4, "--strategy", "hybrid") == 0
+    captured = capsys.readouterr()
+    one, four = (json.loads(line) for line in captured.out.splitlines())
+    assert (one["devices"], one["strategy"]) == (1, "single")
+    assert (four["devices"], four["strategy"]) == (4, "hybrid")
+    assert "4 x cpu, hybrid" in captured.err
+    first, second = (read_video(path)[0].astype(int) for path in ("one.gif", "four.gif"))
+    assert np.abs(first - second).mean() < 4  # of a palette's colours, chosen anew for every file
+    assert run("generate", PROMPT, "--out", "a.gif", *options, "--devices", 3, "--strategy", "ulysses") == 2
+    assert "there gather or ring fit" in capsys.readouterr().err
 
 
 def test_sizes_window_and_precision_reach_the_model(model, capsys):
@@ -212,7 +233,7 @@ def test_a_prompts_file_makes_numbered_videos(model, prompts, capsys):
     assert all(set(line) == KEYS for line in lines)
     # Each is what its prompt and the seed make alone.
     assert run("generate", "a cat", "--out", "cat.mp4", "--model", model, "--frames", 5, "--quiet") == 0
-    assert read("cat.mp4") == read("videos/0003.mp4")
+    assert same_video("cat.mp4", "videos/0003.mp4")
 
 
 def test_only_what_is_missing_is_made(model, prompts, monkeypatch, capsys):
