@@ -33,7 +33,7 @@ Backend = Literal["auto", "xla", "cudnn", "pallas"]
 NO_KEYS = -0.7 * float(np.finfo(np.float32).max)
 
 # The plain form holds about this many fp32 scores at once (64 MiB).
-_MAX_SCORES = 2**24
+MAX_SCORES = 2**24
 
 
 def attention(
@@ -220,7 +220,7 @@ def _attend(backend, q, k, v, length):
     if backend == "pallas":
         from jax_causal import attention_pallas  # on demand: importing Pallas takes its time
 
-        return attention_pallas.forward(q, k, v, length, interpret=_device()[0] == "cpu")
+        return attention_pallas.forward(q, k, v, length, no_keys=NO_KEYS, interpret=_device()[0] == "cpu")
     return (_cudnn if backend == "cudnn" else _xla)(q, k, v, length)
 
 
@@ -276,7 +276,7 @@ def _key_chunks(q, k, v, length):
     a chunk, and the number of chunks that hold keys. The last chunk starts early rather than end late; the
     keys it repeats are not valid."""
     (B, T, N, _), K = q.shape, k.shape[1]
-    size = math.ceil(K / math.ceil(K / max(128, _MAX_SCORES // (B * T * N))))
+    size = math.ceil(K / math.ceil(K / max(128, MAX_SCORES // (B * T * N))))
     length = K if length is None else length
 
     def chunk(i):

@@ -17,20 +17,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jax_causal.attention import NO_KEYS
 
-
-def forward(q, k, v, length, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+def forward(q, k, v, length, *, no_keys: float, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
     """Attention over the first `length` keys (None for all) and its log-sum-exp.
 
     Takes q [B, T, N, D] and k, v [B, K, N, D] of one dtype, D up to 128, and an int32 scalar. Returns out
-    [B, T, N, D] and lse [B, N, T], both float32. Keys behind `length` are not loaded. `interpret` runs the
-    kernel on a CPU, for tests; jax cannot do that inside `shard_map` unless its check_vma is off.
+    [B, T, N, D] and lse [B, N, T], both float32; `no_keys` is the lse where `length` is 0. Keys behind `length`
+    are not loaded. `interpret` runs the kernel on a CPU, for tests; jax cannot do that inside `shard_map` unless
+    its check_vma is off.
     """
     (B, T, N, D), K = q.shape, k.shape[1]
     width = max(16, pl.next_power_of_2(D))  # the smallest tile a tensor core multiplies
     block_q, block_k = (128, 64) if q.dtype.itemsize == 2 else (64, 32)  # two stages of k and v fit in 99 KiB
-    kernel = functools.partial(_kernel, num_queries=T, head_dim=D, block_k=block_k)
+    kernel = functools.partial(_kernel, num_queries=T, head_dim=D, block_k=block_k, no_keys=no_keys)
     queries = pl.BlockSpec((None, block_q, None, width), lambda i, b, n: (b, i, n, 0))
     keys = pl.BlockSpec((None, K, None, width), lambda i, b, n: (b, 0, n, 0))
     varying = jax.typeof(q).manual_axis_type
@@ -49,7 +48,7 @@ def forward(q, k, v, length, *, interpret: bool = False) -> tuple[jax.Array, jax
     )(jnp.full((1,), K if length is None else length, jnp.int32), q, k, v)
 
 
-def _kernel(length_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, *, num_queries, head_dim, block_k):
+def _kernel(length_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, *, num_queries, head_dim, block_k, no_keys):
     block_q, width = q_ref.shape
     length = length_ref[0]
     rows = pl.program_id(0) * block_q + jnp.arange(block_q) < num_queries
@@ -73,7 +72,7 @@ def _kernel(length_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, *, num_queries, h
         )
         s = dot(q, k, trans_b=True) * scale
         if partly:
-            s = jnp.where(valid[None, :], s, NO_KEYS)
+            s = jnp.where(valid[None, :], s, no_keys)
         new_peak = jnp.maximum(peak, jnp.max(s, axis=1))
         weights = jnp.exp2(s - new_peak[:, None])
         shrink = jnp.exp2(peak - new_peak)
@@ -82,7 +81,7 @@ def _kernel(length_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, *, num_queries, h
 
     carry = (
         jnp.zeros((block_q, width), jnp.float32),
-        jnp.full((block_q,), NO_KEYS, jnp.float32),
+        jnp.full((block_q,), no_keys, jnp.float32),
         jnp.zeros((block_q,), jnp.float32),
     )
     # Only the last tile of keys pays for a mask.
@@ -95,5 +94,5 @@ def _kernel(length_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, *, num_queries, h
     out, peak, total = carry
     total = jnp.where(total > 0, total, 1.0)
     plgpu.store(out_ref, out / total[:, None], mask=q_mask)
-    lse = jnp.where(length > 0, (peak + jnp.log2(total)) * math.log(2), NO_KEYS)
+    lse = jnp.where(length > 0, (peak + jnp.log2(total)) * math.log(2), no_keys)
     plgpu.store(lse_ref, lse, mask=rows)

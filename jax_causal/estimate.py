@@ -107,7 +107,7 @@ def _scores(spec: RolloutSpec, tokens: int, cached: int, dtype) -> int:
     if attention.choose_backend(getattr(spec.parallel, "backend", "auto"), query) != "xla":
         return 0
     rows = tokens * heads
-    chunks = math.ceil(cached / max(128, attention._MAX_SCORES // rows))
+    chunks = math.ceil(cached / max(128, attention.MAX_SCORES // rows))
     return 2 * 4 * rows * math.ceil(cached / chunks)
 
 

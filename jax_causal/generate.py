@@ -173,6 +173,8 @@ def _announce(job: Job, display: Display) -> None:
         f"{job.precision} on {_devices(job)}",
         f"seed {inputs['seed']}",
     )
+    if job.parallel.reason:
+        display.print(job.parallel.reason)
     given = 0 if request.given is None else request.given.shape[1]
     parts = estimate.memory_estimate(job.config, request.spec, 1, job.precision, given_frames=given)
     needed, available = sum(parts.values()), estimate.device_memory()

@@ -30,6 +30,10 @@ class Parallel(Protocol):
         """Of the strategy, for people."""
 
     @property
+    def reason(self) -> str:
+        """Why this strategy, for people; empty where there was no choice."""
+
+    @property
     def num_devices(self) -> int:
         """Devices that share the work."""
 
@@ -89,8 +93,7 @@ class SingleDevice:
     parts: int = 1
     unroll: bool | None = None
 
-    name = "single"
-    num_devices = 1
+    name, reason, num_devices = "single", "", 1
 
     @property
     def unrolled(self) -> bool:

@@ -28,6 +28,7 @@ from jax_causal.rollout import RolloutSpec
 from jax_causal.text import UMT5Encoder
 from jax_causal.tokenizer import Tokenizer, load_tokenizer
 from jax_causal.vae import VAE, to_uint8
+from jax_causal.vae_layers import ACTIVATION_AXES
 from jax_causal.video import Video
 
 # Called with a phase ("text", "encode", "denoise", "context", "decode") and the seconds it took.
@@ -48,7 +49,8 @@ def decode_chunk(config: VAEConfig, spec: RolloutSpec, params, tokens, state, *,
     latents = rollout.from_tokens(spec, tokens)
     decode = modules.bind(VAE, config, params).decode
     video, state = decode(latents, state, first=first, constrain=spec.parallel.constrain)
-    return to_uint8(video), state
+    # Left alone, what a chunk does not touch comes back whole, and the next chunk compiles once more.
+    return to_uint8(video), tuple(spec.parallel.constrain(x, ACTIVATION_AXES) for x in state)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "spec"))

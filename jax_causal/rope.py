@@ -65,7 +65,8 @@ def tables(frames: jax.Array, spatial: jax.Array) -> jax.Array:
 
 def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
     """Turns the interleaved pairs of `x` [B, F, S, N, D] by `table` [2, F, S, D/2]; fp32 inside, dtype kept."""
-    cos, sin = table[:, :, :, None]  # a head axis: [F, S, 1, D/2]
-    even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
-    pairs = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return pairs.reshape(x.shape).astype(x.dtype)
+    with jax.named_scope("rope"):
+        cos, sin = table[:, :, :, None]  # a head axis: [F, S, 1, D/2]
+        even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+        pairs = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+        return pairs.reshape(x.shape).astype(x.dtype)
