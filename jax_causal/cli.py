@@ -50,6 +50,15 @@ FOLDER is complete once it has a transformer, a vae, a text encoder and a
 tokenizer; convert says what is still missing and which command adds it.
 """
 
+_EXPLAIN = """\
+examples:
+  jax-causal explain --devices 8 --strategy hybrid --preset wan-1.3b
+  jax-causal explain --devices 6 --model FOLDER --height 320 --width 576
+
+No weights are read and nothing is run: the model is compiled for virtual CPU
+devices, and what it sends is read from the compiled program.
+"""
+
 _BAD_INPUT = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 
 
@@ -120,6 +129,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     _generate_arguments(generate)
     generate.set_defaults(run=_generate)
+    explain = verbs.add_parser(
+        "explain",
+        help="show how a model would be shared by several devices",
+        description="Shows what each of several devices would hold, and what they would send each other.",
+        epilog=_EXPLAIN,
+    )
+    _size_arguments(explain)
+    _model_arguments(explain)
+    explain.set_defaults(run=_explain_sharding, devices=8)
     convert = verbs.add_parser(
         "convert",
         help="make a model folder from PyTorch weights",
@@ -168,11 +186,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     output.add_argument("--quiet", action="store_true", help="show warnings and errors only")
 
-    video = parser.add_argument_group("video")
-    video.add_argument("--frames", metavar="N", type=_whole(1), help="video frames (default: the model's)")
-    video.add_argument("--height", metavar="N", type=_whole(1), help="pixels (default: the model's)")
-    video.add_argument("--width", metavar="N", type=_whole(1), help="pixels (default: the model's)")
-    given = video.add_mutually_exclusive_group()
+    given = _size_arguments(parser).add_mutually_exclusive_group()
     given.add_argument(
         "--image", metavar="FILE", type=Path, help="first frame, for models that can start from one"
     )
@@ -180,6 +194,23 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 
     model = _model_arguments(parser)
     model.add_argument("--warmup", action="store_true", help="compile before the clock starts")
+
+
+def _size_arguments(parser: argparse.ArgumentParser):
+    """Options of every verb that is about a video of a certain size."""
+    group = parser.add_argument_group("video")
+    group.add_argument("--frames", metavar="N", type=_whole(1), help="video frames (default: the model's)")
+    group.add_argument("--height", metavar="N", type=_whole(1), help="pixels (default: the model's)")
+    group.add_argument("--width", metavar="N", type=_whole(1), help="pixels (default: the model's)")
+    return group
+
+
+def _explain_sharding(args: argparse.Namespace) -> None:
+    # Wherever it runs: nothing is computed, and there need not be as many devices.
+    environment.apply(platform="cpu", devices=args.devices)
+    from sharding import explain
+
+    explain.run(args)
 
 
 def _generate(args: argparse.Namespace) -> None:

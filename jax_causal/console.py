@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -40,6 +40,14 @@ def warn(message: str) -> None:
 def note(message: str) -> None:
     """One plain line."""
     _print(message)
+
+
+def report(*parts: RenderableType) -> None:
+    """Whatever rich can show, one below the other, on standard output: for commands whose result is text."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 120
+    console.print(*parts, sep="\n")
 
 
 @contextlib.contextmanager
@@ -167,9 +175,11 @@ class Display:
 
 
 def nbytes(size: int) -> str:
-    """Decimal megabytes or gigabytes."""
+    """Decimal kilobytes, megabytes or gigabytes."""
     if size >= 1e9:
         return f"{size / 1e9:.1f} GB"
+    if size < 1e5:
+        return f"{size / 1e3:.1f} kB"
     return f"{size / 1e6:.0f} MB" if size >= 1e7 else f"{size / 1e6:.1f} MB"
 
 

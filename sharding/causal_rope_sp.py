@@ -65,13 +65,13 @@ def local_table(frames, shares: Shares, height: int, width: int, head_dim: int):
 
     Depends on nothing but its arguments and the device's place in the mesh.
     """
-    offset = lax.axis_index(TOKENS) * shares.rows
-    index = jnp.minimum(offset + jnp.arange(shares.rows), shares.tokens - 1)  # padding repeats the last token
-    rows, columns = rope.axis_factors(height, width, head_dim)
-    spatial = jnp.concatenate(
-        [jnp.take(rows, index // width, axis=1), jnp.take(columns, index % width, axis=1)], axis=-1
-    )
-    return rope.tables(frames, spatial)
+    with jax.named_scope("rope_table"):
+        offset = lax.axis_index(TOKENS) * shares.rows
+        # Padding repeats the last token.
+        index = jnp.minimum(offset + jnp.arange(shares.rows), shares.tokens - 1)
+        rows, columns = rope.axis_factors(height, width, head_dim)
+        spatial = [jnp.take(rows, index // width, axis=1), jnp.take(columns, index % width, axis=1)]
+        return rope.tables(frames, jnp.concatenate(spatial, axis=-1))
 
 
 # Attention of a block against the cache. Each takes q, k, v [B, F, m, N, D] before rotation and returns the output
@@ -83,8 +83,7 @@ def attend_gathered(
 ):
     """One all-gather of the block's keys and values, packed; the cache is whole on every device."""
     k = rope.rotate(k, table)
-    block = lax.all_gather(jnp.stack([k, v]), TOKENS, axis=3, tiled=True, to="invarying")
-    block = block[:, :, :, : shares.tokens]
+    block = _gather(jnp.stack([k, v]), shares)[:, :, :, : shares.tokens]
     q = rope.rotate(q, table)
     if layout.ring:
         cache = cache.write(layout, layer, slots, *block)
@@ -96,7 +95,10 @@ def attend_gathered(
     )
     own = attention_with_lse(_flat(q), *map(_flat, block), backend=backend)
     out, _ = merge(*zip(past, own, strict=True))
-    return out.astype(q.dtype).reshape(q.shape), cache.write(layout, layer, slots, *block)
+    # The past must be read before the block is written. XLA orders the two by data alone: as long as the write does
+    # not depend on the read, it copies the whole cache to keep them apart.
+    cache = cache.write(layout, layer, _after(slots, past[0]), *block)
+    return out.astype(q.dtype).reshape(q.shape), cache
 
 
 def attend_traded(
@@ -115,7 +117,7 @@ def attend_traded(
         return _heads_for_tokens(out.reshape(q.shape), shares), cache
     valid = shares.valid()
     cache = _write_share(cache, layout, layer, slots, k, v, valid)
-    queries = lax.all_gather(q, SEQ, axis=2, tiled=True)  # [B, F, seq * M, N / heads, D]
+    queries = _gather(q, shares)  # [B, F, seq * M, N / heads, D]
     out, lse = attention_with_lse(_flat(queries), *cache.read(layer), length=held * valid, backend=backend)
     out = _merge_shares(out.reshape(queries.shape), lse.swapaxes(1, 2).reshape(queries.shape[:-1]), shares)
     return _heads_for_tokens(out.astype(q.dtype), shares), cache
@@ -125,15 +127,27 @@ def attend_whole(q, k, v, table, *, frame_mask, shares: Shares, backend):
     """Attention without a cache (training, bidirectional models): keys and values are gathered over `seq`."""
     q, k = rope.rotate(q, table), rope.rotate(k, table)
     q, k, v = _tokens_for_heads(jnp.stack([q, k, v]), shares)
-    k, v = lax.all_gather(jnp.stack([k, v]), SEQ, axis=3, tiled=True)[:, :, :, : shares.tokens]
+    k, v = _gather(jnp.stack([k, v]), shares)[:, :, :, : shares.tokens]
     out = attention(_flat(q), _flat(k), _flat(v), mask=frame_mask, backend=backend)
     return _heads_for_tokens(out.reshape(q.shape), shares)
+
+
+def _after(x, y):
+    """`x`, once `y` is computed: a product with zero stays in the program, because `y` might be NaN."""
+    return x + (0 * y[(0,) * y.ndim]).astype(x.dtype)
 
 
 def _flat(x):
     """[B, F, S, N, D] -> [B, F * S, N, D]."""
     b, f, s, n, d = x.shape
     return x.reshape(b, f * s, n, d)
+
+
+def _gather(x, shares: Shares):
+    """[..., F, M, N, D] -> [..., F, seq * M, N, D]."""
+    if shares.seq == 1:
+        return x
+    return lax.all_gather(x, SEQ, axis=x.ndim - 3, tiled=True)
 
 
 def _tokens_for_heads(x, shares: Shares):
@@ -157,11 +171,11 @@ def _merge_shares(out, lse, shares: Shares):
     both. Returns [B, F, M, N, D] over all keys.
     """
     packed = jnp.concatenate([out, lse[..., None]], axis=-1)
+    packed = lax.all_to_all(packed, SEQ, split_axis=2, concat_axis=2, tiled=True)
     b, f, _, n, d = packed.shape
-    packed = packed.reshape(b, f, shares.seq, shares.part, n, d)
-    packed = lax.all_to_all(packed, SEQ, split_axis=2, concat_axis=0)  # [seq, B, F, M, N, D + 1]
-    outs = packed[..., :-1].reshape(shares.seq, b, f * shares.part, n, d - 1)
-    lses = packed[..., -1].reshape(shares.seq, b, f * shares.part, n).swapaxes(2, 3)
+    packed = packed.reshape(b, f, shares.seq, shares.part, n, d)  # the third axis: which part it comes from
+    packed = jnp.moveaxis(packed, 2, 0).reshape(shares.seq, b, f * shares.part, n, d)
+    outs, lses = packed[..., :-1], packed[..., -1].swapaxes(2, 3)
     return merge(list(outs), list(lses))[0].reshape(b, f, shares.part, n, d - 1)
 
 

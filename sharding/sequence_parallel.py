@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_causal.cache import CacheLayout, KVCache, Placement
@@ -19,7 +19,7 @@ from sharding import causal_rope_sp, specs
 from sharding.causal_rope_sp import Shares
 from sharding.mesh import HEADS, SEQ, make_mesh, pick_devices
 from sharding.specs import CACHE, QKV, TABLE, Rules
-from sharding.strategies import Strategy, Workload, choose
+from sharding.strategies import Strategy, Workload, check_name, choose
 
 log = logging.getLogger(__name__)
 
@@ -54,15 +54,18 @@ class SequenceParallel:
         """The settled form for a model.
 
         Raises:
-          ValueError: more devices than there are, or a strategy that the heads do not allow.
+          ValueError: more devices than there are, or a strategy that heads or mesh do not allow.
         """
         work = Workload(config.transformer, *_block_of(config))
         if self.mesh is not None:
-            strategy, mesh = _of_mesh(self.mesh, self.strategy, self.batch_axis)
+            strategy, mesh = _of_mesh(self.mesh, self.strategy, self.batch_axis, config.transformer.num_heads)
             reason = f"{strategy.name} as the mesh has it"
         else:
             devices = pick_devices(self.devices)
-            strategy, reason = choose(self.strategy, len(devices), work, _free_memory(devices[0]))
+            memory = _memory(devices[0])
+            if memory is not None:
+                memory -= work.weight_bytes // (len(devices) if self.shard_params else 1)
+            strategy, reason = choose(self.strategy, len(devices), work, memory)
             mesh = make_mesh(devices, strategy.seq, strategy.heads, batch_axis=self.batch_axis)
         log.info("%s", reason)
         return Sharded(
@@ -127,10 +130,19 @@ class Sharded:
         return self.shares(tokens).padded, self.strategy.seq
 
     def init_cache(self, layout, num_layers, batch, num_heads, head_dim, dtype, *, stacked):
-        names = self._cache_names if stacked else self._cache_names[1:]
+        if batch % (copies := self.mesh.shape[self.rules.batch]):
+            raise ValueError(
+                f"{batch} videos cannot be shared by the {copies} devices of mesh axis {self.rules.batch!r}: "
+                f"generate a multiple of {copies} at a time"
+            )
         sizes = (num_layers, batch, num_heads, head_dim)
-        device = self.rules.sharding(names, self.mesh)
+        device = self.cache_sharding(stacked=stacked)
         return KVCache.zeros(layout, *sizes, dtype, stacked=stacked, device=device)
+
+    def cache_sharding(self, *, stacked: bool) -> NamedSharding:
+        """Of the cache's keys and of its values; see `KVCache`."""
+        names = self._cache_names if stacked else self._cache_names[1:]
+        return self.rules.sharding(names, self.mesh)
 
     @property
     def _cache_names(self):
@@ -178,7 +190,9 @@ class Sharded:
         held = jax.tree.map(lambda _: self._spec(self._cache_names), cache)
         tokens = self._spec(QKV)
         in_specs = (tokens, tokens, tokens, self._spec(TABLE), held, P(), P(), P())
-        return self._shard_map(body, in_specs, (tokens, held))(
+        # What `gather` writes is the same everywhere, and it writes it after a read that is not: jax cannot see that.
+        check = not self.strategy.gathers
+        return self._shard_map(body, in_specs, (tokens, held), check_vma=check)(
             q,
             k,
             v,
@@ -207,8 +221,8 @@ class Sharded:
     def _spec(self, names) -> P:
         return self.rules.spec(names)
 
-    def _shard_map(self, body, in_specs, out_specs):
-        return jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
+    def _shard_map(self, body, in_specs, out_specs, **options):
+        return jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, **options)
 
 
 def _block_of(config: ModelConfig) -> tuple[int, int, int]:
@@ -218,24 +232,29 @@ def _block_of(config: ModelConfig) -> tuple[int, int, int]:
     return tokens, config.sampler.frames_per_block, config.sampler.trained_frames
 
 
-def _free_memory(device) -> int | None:
-    """Bytes that the device has left, or None where it does not say (CPUs)."""
-    stats = device.memory_stats() or {}
-    return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
+def _memory(device) -> int | None:
+    """Bytes that the device lets programs use, or None where it does not say (CPUs)."""
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
-def _of_mesh(mesh: Mesh, name: str, batch_axis: str) -> tuple[Strategy, Mesh]:
-    """Strategy and normalised mesh of a caller's mesh."""
+def _of_mesh(mesh: Mesh, name: str, batch_axis: str, num_heads: int) -> tuple[Strategy, Mesh]:
+    """Strategy and normalised mesh of a caller's mesh. Raises ValueError where the two, or heads and mesh, differ."""
+    check_name(name)
     unknown = set(mesh.axis_names) - {batch_axis, SEQ, HEADS}
     if unknown:
         raise ValueError(
             f"the mesh has axes {sorted(unknown)}; known are {batch_axis!r} (batch_axis=), {SEQ!r} and {HEADS!r}"
         )
     seq, heads = mesh.shape.get(SEQ, 1), mesh.shape.get(HEADS, 1)
-    order = [axis for axis in (batch_axis, SEQ, HEADS) if axis in mesh.axis_names]
-    devices = mesh.devices.transpose([mesh.axis_names.index(axis) for axis in order])
+    if num_heads % heads:
+        raise ValueError(f"{num_heads} heads cannot be shared by the {heads} devices of mesh axis {HEADS!r}")
+    without = {"gather": HEADS, "ring": HEADS, "ulysses": SEQ}.get(name)
+    if without and mesh.shape.get(without, 1) > 1:
+        raise ValueError(
+            f"{name} does not shard over {without!r}: use a mesh without it, or another strategy"
+        )
     if name == "auto":
         name = "ulysses" if seq == 1 else "ring" if heads == 1 else "hybrid"
-    if name == "gather" and heads > 1:
-        raise ValueError(f"gather shards over {SEQ!r} alone: use a mesh without {HEADS!r}")
+    order = [axis for axis in (batch_axis, SEQ, HEADS) if axis in mesh.axis_names]
+    devices = mesh.devices.transpose([mesh.axis_names.index(axis) for axis in order])
     return Strategy(name, seq, heads), make_mesh(devices.ravel(), seq, heads, batch_axis=batch_axis)

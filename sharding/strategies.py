@@ -7,8 +7,8 @@ A strategy is a pair of degrees, seq x heads = devices, and one bit:
     ulysses   1 x devices: the cache is sharded by heads; tokens are traded for heads
     hybrid    both: as many heads as divide, the rest by tokens
 
-What one layer and one pass send, in elements per device, with T tokens of E channels on n = seq x heads devices (a
-collective over g devices moves (g - 1) / g of its result or operand past each):
+What one layer and one pass send, in elements per device, with T tokens (padding included) of E channels on n = seq x
+heads devices; a collective over g devices moves (g - 1) / g of its result or operand past each:
 
     gather    1 all-gather   2 T E
     heads > 1 1 all-to-all   3 T E / n          1 all-to-all   T E / n
@@ -35,11 +35,19 @@ QUERY_TILE = 128
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of one layer in one pass: its kind, and the bytes of its result on each device."""
+    """One collective of one layer in one pass.
+
+    Attributes:
+      kind: its name in HLO.
+      bytes: of its result on each device.
+      group: devices that take part in one.
+      what: travels, in words.
+    """
 
     kind: str
     bytes: int
     group: int
+    what: str = dataclasses.field(default="", compare=False)
 
     @property
     def seconds(self) -> float:
@@ -55,6 +63,12 @@ class Workload:
     frames: int
     held: int
     bytes_per_element: int = 2
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the transformer's blocks, their matrices that is."""
+        dim = self.config.dim
+        return self.config.num_layers * (8 * dim + 2 * self.config.ffn_dim) * dim * self.bytes_per_element
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,24 +88,32 @@ class Strategy:
         return self.name == "gather"
 
     def collectives(self, work: Workload) -> list[Collective]:
-        """What one layer sends in one pass over a block; the formulas of the module's text."""
-        rows = -(-work.tokens // self.devices) * work.frames  # one device's, padding included
-        channels, size = work.config.dim, work.bytes_per_element
-        if self.devices == 1:
-            return []
+        """What one layer sends in one pass over a block, in order; the formulas of the module's text."""
+        whole = (
+            self.rows(work) * work.config.dim * work.bytes_per_element
+        )  # queries of this device's tokens, say
         if self.gathers:
-            return [Collective("all-gather", 2 * rows * self.devices * channels * size, self.devices)]
-        found = []
-        part = rows * self.heads * self.seq * channels // self.heads  # a part's queries, all of them
-        if self.heads > 1:
-            found.append(Collective("all-to-all", 3 * rows * channels * size, self.heads))
-        if self.seq > 1:
-            found.append(Collective("all-gather", part * size, self.seq))
-            merged = part + part // work.config.head_dim
-            found.append(Collective("all-to-all", merged * 4, self.seq))
-        if self.heads > 1:
-            found.append(Collective("all-to-all", rows * channels * size, self.heads))
-        return found
+            sent = [Collective("all-gather", 2 * whole * self.devices, self.devices, "keys and values")]
+        else:
+            queries, outputs = self._travelling(work)
+            sent = [
+                Collective("all-to-all", 3 * whole, self.heads, "queries, keys, values: tokens for heads"),
+                Collective("all-gather", queries, self.seq, "queries, to all keys"),
+                Collective("all-to-all", outputs, self.seq, "outputs and log-sum-exps, back to the queries"),
+                Collective("all-to-all", whole, self.heads, "outputs: heads for tokens"),
+            ]
+        return [collective for collective in sent if collective.group > 1]
+
+    def rows(self, work: Workload) -> int:
+        """Tokens of a block on one device, padding included."""
+        return -(-work.tokens // self.devices) * work.frames
+
+    def _travelling(self, work: Workload) -> tuple[int, int]:
+        """Bytes of a block's queries, for the heads of one device, and of the fp32 outputs that go back."""
+        tokens = self.rows(work) * self.devices
+        heads = work.config.num_heads // self.heads
+        queries = tokens * heads * work.config.head_dim
+        return queries * work.bytes_per_element, (queries + tokens * heads) * 4
 
     def cache_bytes(self, work: Workload) -> int:
         """Keys and values of all layers on one device."""
@@ -104,6 +126,26 @@ class Strategy:
                 tokens = -(-work.tokens // self.devices) * self.heads
             elements = work.held * tokens * config.dim // self.heads
         return 2 * config.num_layers * elements * work.bytes_per_element
+
+    def activation_bytes(self, work: Workload) -> int:
+        """What a block keeps alive on one device beside cache and weights, at most, where attention is one kernel: the
+        hidden units of the MLP, or queries, keys, values and their like with what of them travels.
+
+        All of it falls with the number of devices but what travels over `seq`, which is as large on 2 as on 16.
+        """
+        whole = self.rows(work) * work.config.dim * work.bytes_per_element
+        hidden = 2 * self.rows(work) * work.config.ffn_dim * work.bytes_per_element
+        travelling = 0
+        if self.gathers and self.devices > 1:
+            travelling = 4 * whole * self.devices  # as it arrives, and as attention wants it
+        elif self.seq > 1:
+            queries, outputs = self._travelling(work)
+            travelling = queries + 2 * outputs  # packed, and before or after
+        return max(2 * whole + hidden, 8 * whole + travelling)
+
+    def memory_bytes(self, work: Workload) -> int:
+        """All of a device's memory that depends on the strategy."""
+        return self.cache_bytes(work) + self.activation_bytes(work)
 
     def attention_seconds(self, work: Workload) -> float:
         """Self-attention of one layer over the full cache, with the card filled as well as its tiles allow."""
@@ -138,37 +180,43 @@ def fitting(devices: int, num_heads: int) -> dict[str, Strategy]:
     return found
 
 
+def check_name(name: str) -> None:
+    """Raises ValueError, naming those there are, unless `name` is "auto" or a strategy."""
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"unknown strategy {name!r}: choose auto, {', '.join(NAMES)}")
+
+
 def choose(name: str, devices: int, work: Workload, memory: int | None = None) -> tuple[Strategy, str]:
-    """The strategy of this name, or for "auto" the fastest by the cost model whose cache fits `memory` bytes (None:
-    unlimited), and the reasoning as text.
+    """The strategy of this name, or for "auto" the fastest by the cost model whose cache and activations fit `memory`
+    bytes of a device (None: unlimited), and the reasoning as text. Where none fits it is the one that takes least.
 
     Raises:
       ValueError: an unknown name, or one that heads and devices do not allow; the message says what fits.
     """
     found, heads = fitting(devices, work.config.num_heads), work.config.num_heads
     if name != "auto":
-        if name not in NAMES:
-            raise ValueError(f"unknown strategy {name!r}: choose auto, {', '.join(NAMES)}")
+        check_name(name)
         if name not in found:
-            divisors = [d for d in range(2, heads + 1) if heads % d == 0]
+            others = f"use {' or '.join(found)}, or auto"
+            if name == "hybrid":
+                raise ValueError(
+                    f"hybrid needs a common divisor of {heads} heads and {_count(devices)}: {others}"
+                )
+            divisors = ", ".join(str(d) for d in range(1, heads + 1) if heads % d == 0)
             raise ValueError(
-                f"{name} cannot share {heads} heads among {devices} devices: there {' or '.join(found)} fit "
-                f"(auto chooses), and {name} fits {', '.join(map(str, divisors))} devices"
-                if name == "ulysses"
-                else f"{name} needs a common divisor of {heads} heads and {devices} devices: use {' or '.join(found)}"
+                f"{name} cannot share {heads} heads among {_count(devices)}, only among {divisors}: {others}"
             )
         return found[name], f"{name} as asked"
-    fits = {n: s for n, s in found.items() if memory is None or s.cache_bytes(work) <= memory}
-    candidates = fits or {n: s for n, s in found.items() if s.cache_bytes(work) == _smallest(found, work)}
-    best = min(candidates.values(), key=lambda s: s.seconds(work))
+    fits = [s for s in found.values() if memory is None or s.memory_bytes(work) <= memory]
+    smallest = min(found.values(), key=lambda s: s.memory_bytes(work))
+    best = min(fits or [smallest], key=lambda s: s.seconds(work))
     rows = [
-        f"{s.name} {s.seq} x {s.heads}: {s.seconds(work) * 1e3:.3f} ms a layer and pass "
-        f"({len(s.collectives(work))} collectives), cache {s.cache_bytes(work) / 2**30:.2f} GiB"
-        + ("" if s.name in fits else ", does not fit")
+        f"{s.name} {s.seq} x {s.heads}: {s.seconds(work) * 1e3:.3f} ms a layer and pass, "
+        f"cache {s.cache_bytes(work) / 1e9:.2f} GB" + ("" if s in fits else ", does not fit")
         for s in found.values()
     ]
-    return best, f"auto chose {best.name} for {heads} heads on {devices} devices. " + "; ".join(rows)
+    return best, f"auto chose {best.name} for {heads} heads on {_count(devices)}: " + "; ".join(rows)
 
 
-def _smallest(found, work):
-    return min(s.cache_bytes(work) for s in found.values())
+def _count(devices: int) -> str:
+    return f"{devices} device" + "s" * (devices > 1)

@@ -86,7 +86,9 @@ def test_bfloat16_error_per_block(record_property):
 
     def relative_errors(latents):
         blocks = (slice(start, start + size) for start in range(0, golden.num_frames, size))
-        return [np.linalg.norm(latents[:, b] - expected[:, b]) / np.linalg.norm(expected[:, b]) for b in blocks]
+        return [
+            np.linalg.norm(latents[:, b] - expected[:, b]) / np.linalg.norm(expected[:, b]) for b in blocks
+        ]
 
     errors, floor = relative_errors(golden.run()), max(relative_errors(rounded.run()))
     for block, error in enumerate(errors):

@@ -1,0 +1,227 @@
+"""The choice of a strategy, its formulas on cases worked out by hand, and what it refuses."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from jax_causal.config import PRESETS, TransformerConfig
+from sharding import STRATEGIES, SequenceParallel
+from sharding.mesh import pick_devices
+from sharding.strategies import Collective, Strategy, Workload, choose, fitting
+
+pytestmark = pytest.mark.sp
+
+WAN = PRESETS["wan-1.3b"]  # 12 heads
+BLOCK = Workload(WAN.transformer, tokens=1560, frames=3, held=21)
+
+
+def _heads(count: int) -> Workload:
+    config = TransformerConfig(dim=8 * count, num_layers=2, num_heads=count, ffn_dim=64)
+    return Workload(config, tokens=60, frames=3, held=9)
+
+
+def _mesh(**axes) -> Mesh:
+    grid = np.reshape(jax.devices()[: np.prod(list(axes.values()))], list(axes.values()))
+    return Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+
+
+# Which strategies fit.
+
+
+@pytest.mark.parametrize(
+    ("name", "degrees"), [("gather", {(8, 1)}), ("ring", {(8, 1)}), ("hybrid", {(2, 4)}), ("auto", None)]
+)
+def test_12_heads_on_8_devices(name, degrees):
+    parallel = SequenceParallel(8, name).for_model(WAN)
+    strategy = parallel.strategy
+    assert strategy.devices == parallel.num_devices == 8
+    assert degrees is None or (strategy.seq, strategy.heads) in degrees
+    assert dict(parallel.mesh.shape) == {"data": 1, "seq": strategy.seq, "heads": strategy.heads}
+    # Every head is one of the model's: none is padded, in the cache neither.
+    assert 12 % strategy.heads == 0
+    cache = parallel.cache_sharding(stacked=True).shard_shape((30, 1, strategy.seq, 100, 12, 128))
+    assert cache[-2] == (12 if name == "gather" else 12 // strategy.heads)
+
+
+def test_ulysses_for_12_heads_on_8_devices_says_what_fits():
+    expected = (
+        "ulysses cannot share 12 heads among 8 devices, only among 1, 2, 3, 4, 6, 12: "
+        "use gather or ring or hybrid, or auto"
+    )
+    with pytest.raises(ValueError, match=expected):
+        SequenceParallel(8, "ulysses").for_model(WAN)
+
+
+def test_hybrid_without_a_common_divisor_says_what_fits():
+    with pytest.raises(ValueError, match="divisor of 12 heads and 5 devices: use gather or ring, or auto"):
+        SequenceParallel(5, "hybrid").for_model(WAN)
+
+
+@pytest.mark.parametrize("with_mesh", [False, True])
+def test_unknown_strategy(with_mesh):
+    asked = SequenceParallel(2, "Ring", mesh=_mesh(seq=2) if with_mesh else None)
+    with pytest.raises(
+        ValueError, match="unknown strategy 'Ring': choose auto, gather, ulysses, ring, hybrid"
+    ):
+        asked.for_model(WAN)
+
+
+def test_every_fitting_strategy_divides_the_heads():
+    for heads in range(1, 41):
+        for devices in range(1, 17):
+            found = fitting(devices, heads)
+            assert {"gather", "ring"} <= set(found) <= set(STRATEGIES)
+            for name, strategy in found.items():
+                assert (strategy.name, strategy.devices) == (name, devices)
+                assert heads % strategy.heads == 0
+            assert ("ulysses" in found) == (heads % devices == 0)
+
+
+@pytest.mark.parametrize("memory", [None, 0])
+def test_auto_never_fails_because_of_a_head_count(memory):
+    for heads in range(1, 41):
+        for devices in range(1, 17):
+            strategy, reason = choose("auto", devices, _heads(heads), memory)
+            assert strategy in fitting(devices, heads).values()
+            assert f"auto chose {strategy.name} for {heads} heads on {devices} device" in reason
+
+
+# What auto chooses.
+
+
+def test_auto_takes_the_fastest_by_the_cost_model():
+    strategy, reason = choose("auto", 8, BLOCK)
+    seconds = {name: s.seconds(BLOCK) for name, s in fitting(8, 12).items()}
+    assert strategy.name == min(seconds, key=seconds.get)
+    for name, value in seconds.items():
+        assert f"{name} " in reason
+        assert f"{value * 1e3:.3f} ms" in reason
+
+
+def test_memory_moves_auto_away_from_gather():
+    # Whole on one device the cache takes 6.04 GB: 2 x 30 layers x 32760 tokens x 1536 channels x 2 bytes.
+    assert choose("auto", 2, BLOCK)[0].name == choose("auto", 2, BLOCK, 7 * 10**9)[0].name == "gather"
+    strategy, reason = choose("auto", 2, BLOCK, 6 * 10**9)
+    assert strategy.name != "gather"
+    assert "cache 6.04 GB, does not fit" in reason
+    assert "cache 3.02 GB;" in reason
+
+
+def test_auto_counts_the_weights_in(monkeypatch):
+    for beside_weights, gathers in ((7e9, True), (6e9, False)):
+        limit = int(beside_weights + 2.8e9)
+        monkeypatch.setattr("sharding.sequence_parallel._memory", lambda device, limit=limit: limit)
+        assert SequenceParallel(2).for_model(WAN).strategy.gathers == gathers
+
+
+# Formulas.
+
+
+def test_formulas_of_hybrid_by_hand():
+    """12 heads of 128 on 2 x 4 devices: 585 rows a device, 2340 in an entry of seq; bfloat16."""
+    strategy = Strategy("hybrid", seq=2, heads=4)
+    assert strategy.collectives(BLOCK) == [
+        Collective("all-to-all", 5_391_360, 4),  # 3 x 585 x 1536 x 2
+        Collective("all-gather", 3_594_240, 2),  # 4680 x 3 heads x 128 x 2
+        Collective("all-to-all", 7_244_640, 2),  # 4680 x 3 heads x (128 + 1) x 4
+        Collective("all-to-all", 1_797_120, 4),  # 585 x 1536 x 2
+    ]
+    assert strategy.cache_bytes(BLOCK) == 754_790_400  # 2 x 30 x 21 x 780 tokens x 3 heads x 128 x 2
+    assert strategy.activation_bytes(BLOCK) == max(
+        24_560_640,  # 585 x (2 x 8960 + 2 x 1536) x 2
+        32_460_480,  # 585 x 8 x 1536 x 2, 3,594,240 and twice 7,244,640
+    )
+
+
+def test_formulas_with_short_shares_by_hand():
+    """10 tokens on 4 devices: 3 rows each, 2 of them padding; 2 frames, 4 heads of 4 channels, float32."""
+    config = TransformerConfig(dim=16, num_layers=2, num_heads=4, ffn_dim=64)
+    work = Workload(config, tokens=10, frames=2, held=5, bytes_per_element=4)
+    gather, ring, ulysses = Strategy("gather", 4, 1), Strategy("ring", 4, 1), Strategy("ulysses", 1, 4)
+    assert gather.collectives(work) == [Collective("all-gather", 3072, 4)]  # 2 x 24 x 16 x 4
+    assert ring.collectives(work) == [
+        Collective("all-gather", 1536, 4),  # 24 x 16 x 4
+        Collective("all-to-all", 1920, 4),  # 24 x (16 + 4) x 4
+    ]
+    assert ulysses.collectives(work) == [
+        Collective("all-to-all", 1152, 4),  # 3 x 6 x 16 x 4
+        Collective("all-to-all", 384, 4),
+    ]
+    # Padding is stored where the tokens of a frame are cut, and nowhere else.
+    assert gather.cache_bytes(work) == 12_800  # 2 x 2 x 5 x 10 x 16 x 4
+    assert ring.cache_bytes(work) == 3_840  # 2 x 2 x 5 x 3 x 16 x 4
+    assert ulysses.cache_bytes(work) == 3_200  # 2 x 2 x 5 x 10 x 4 x 4
+
+
+@pytest.mark.parametrize("name", ["gather", "ring", "ulysses"])
+def test_one_device_sends_nothing(name):
+    assert choose(name, 1, BLOCK)[0].collectives(BLOCK) == []
+
+
+def test_weights_of_the_presets():
+    for name, parameters in (("wan-1.3b", 1_418_996_800), ("wan-14b", 14_288_491_584)):
+        work = dataclasses.replace(BLOCK, config=PRESETS[name].transformer)
+        assert work.weight_bytes == pytest.approx(2 * parameters, rel=0.03)
+
+
+# Devices and meshes.
+
+
+def test_devices():
+    present = jax.devices()
+    assert pick_devices(None) == present
+    assert pick_devices(3) == present[:3]
+    assert pick_devices(present[4:6]) == present[4:6]
+
+
+@pytest.mark.parametrize("count", [0, 17])
+def test_more_devices_than_there_are(count):
+    with pytest.raises(ValueError, match=rf"devices={count}, but there are 16 cpu devices: use 1 to 16"):
+        SequenceParallel(count).for_model(WAN)
+
+
+@pytest.mark.parametrize(
+    ("axes", "asked", "name"),
+    [
+        ({"data": 2, "seq": 4}, "auto", "ring"),
+        ({"data": 2, "seq": 4}, "gather", "gather"),
+        ({"data": 2, "heads": 4}, "auto", "ulysses"),
+        ({"data": 2, "seq": 2, "heads": 2}, "auto", "hybrid"),
+        ({"heads": 2, "seq": 2, "data": 2}, "hybrid", "hybrid"),
+        ({"seq": 2}, "auto", "ring"),
+    ],
+)
+def test_a_mesh_of_the_caller(axes, asked, name):
+    mesh = _mesh(**axes)
+    parallel = SequenceParallel(strategy=asked, mesh=mesh).for_model(WAN)
+    assert parallel.strategy == Strategy(name, axes.get("seq", 1), axes.get("heads", 1))
+    # The same devices under the same coordinates.
+    assert dict(parallel.mesh.shape) == {"data": 1, "seq": 1, "heads": 1} | axes
+    first = dict.fromkeys(("data", "seq", "heads"), 0)
+    for axis in axes:
+        at = first | {axis: 1}
+        device = mesh.devices[tuple(at[a] for a in axes)]
+        assert parallel.mesh.devices[at["data"], at["seq"], at["heads"]] == device
+
+
+@pytest.mark.parametrize(
+    ("axes", "options", "message"),
+    [
+        (
+            {"seq": 2, "model": 2},
+            {},
+            r"axes \['model'\]; known are 'data' \(batch_axis=\), 'seq' and 'heads'",
+        ),
+        ({"data": 2, "seq": 2}, {"batch_axis": "replica"}, r"axes \['data'\]; known are 'replica'"),
+        ({"heads": 8}, {}, "12 heads cannot be shared by the 8 devices of mesh axis 'heads'"),
+        ({"seq": 2, "heads": 2}, {"strategy": "gather"}, "gather does not shard over 'heads'"),
+        ({"seq": 2, "heads": 2}, {"strategy": "ring"}, "ring does not shard over 'heads'"),
+        ({"seq": 2, "heads": 2}, {"strategy": "ulysses"}, "ulysses does not shard over 'seq'"),
+    ],
+)
+def test_a_mesh_that_does_not_fit(axes, options, message):
+    with pytest.raises(ValueError, match=message):
+        SequenceParallel(mesh=_mesh(**axes), **options).for_model(WAN)
