@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -56,9 +57,24 @@ def _compiled(case, model=MODEL, grid=GRID, *, unroll=False):
 
 
 def _cases(cases):
-    marks = {case: (pytest.mark.slow,) if case in SLOW else () for case in cases}
-    params = [pytest.param(case, marks=marks[case], id=seeded.label(case)) for case in cases]
+    slow = [(pytest.mark.slow,) if case in SLOW else () for case in cases]
+    params = [pytest.param(c, marks=m, id=seeded.label(c)) for c, m in zip(cases, slow, strict=True)]
     return pytest.mark.parametrize("case", params)
+
+
+def test_abstract_arguments_are_those_of_a_run():
+    """Else all that follows would be about another program."""
+    spec = _spec(("hybrid", (1, 2, 4)), seeded.MODEL, unroll=False)
+    params = seeded.params(spec)
+    keys = jax.random.split(jax.random.key(0), 1)
+    noise, renoise = rollout.draw_noise(spec, keys, 0, BLOCK, jnp.float32)
+    cache, text = rollout.init_cache(spec, 1, jnp.float32), seeded.text(spec, params, 1)
+    real = (params, cache, text, noise, renoise, spec.place(0, BLOCK))
+    abstract = abstract_block(spec, jnp.float32)
+    assert jax.tree.structure(real) == jax.tree.structure(abstract)
+    for here, there in zip(*map(jax.tree.leaves, (real[:-1], abstract[:-1])), strict=True):
+        assert (here.shape, here.dtype) == (there.shape, there.dtype)
+        assert here.sharding.is_equivalent_to(there.sharding, here.ndim)
 
 
 # Collectives.
