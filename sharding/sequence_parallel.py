@@ -85,6 +85,8 @@ class Sharded:
     """Tokens sharded over a mesh: implements `jax_causal.parallel.Parallel`. Made by `SequenceParallel.for_model`.
 
     Tokens are padded at the end of every frame to a multiple of the devices; padding is computed and dropped.
+    The VAE's width is padded likewise; only the state that a stage of indivisible width leaves between two chunks is
+    whole on every device.
     """
 
     mesh: Mesh

@@ -57,8 +57,8 @@ def _many(case, config=SMALL, **options):
 
 
 @functools.cache
-def _expected(prompt=PROMPT, config=SMALL, seed=5, **inputs):
-    return _one(config)(prompt, seed=seed, **inputs).frames
+def _expected(prompt=PROMPT, seed=5, **inputs):
+    return _one()(prompt, seed=seed, **inputs).frames
 
 
 def _close(frames, expected):

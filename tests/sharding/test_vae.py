@@ -20,7 +20,8 @@ from tests.sharding import seeded
 pytestmark = pytest.mark.sp
 ATOL = 1e-5
 
-CONFIG = VAEConfig(dim=4, multipliers=(1, 2, 1), num_res_blocks=1, temporal_downsample=(True, False))
+# With fewer channels some norms divide by next to nothing, and rounding shows.
+CONFIG = VAEConfig(dim=8, multipliers=(1, 2, 1), num_res_blocks=1, temporal_downsample=(True, False))
 HEIGHT = 4  # of the latents
 
 # (devices, latent width). Columns on each device: 2; 1.5, so that one device has none; less than one, though the
