@@ -1,0 +1,1 @@
+"""Training: a procedural world, its data, and the stages from VAE to distilled few-step model."""
