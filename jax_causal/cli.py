@@ -59,6 +59,16 @@ No weights are read and nothing is run: the model is compiled for virtual CPU
 devices, and what it sends is read from the compiled program.
 """
 
+_BENCH = """\
+examples:
+  jax-causal bench --preset wan-1.3b --json today.json
+  jax-causal bench --preset wan-1.3b --compare today.json --only rollout,decode
+  jax-causal bench --model FOLDER --devices 8 --strategy hybrid
+
+Every row says what is inside it. Floors are operations by the speeds that
+large products and attention reach on the same device in the same run.
+"""
+
 _BAD_INPUT = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 
 
@@ -138,6 +148,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     _size_arguments(explain)
     _model_arguments(explain)
     explain.set_defaults(run=_explain_sharding, devices=8)
+    bench = verbs.add_parser(
+        "bench",
+        help="measure speed and memory",
+        description="Measures a model: end to end, part by part, and against what the device can do.",
+        epilog=_BENCH,
+    )
+    _bench_arguments(bench)
+    bench.set_defaults(run=_bench, image=None, video=None)
     convert = verbs.add_parser(
         "convert",
         help="make a model folder from PyTorch weights",
@@ -203,6 +221,23 @@ def _size_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--height", metavar="N", type=_whole(1), help="pixels (default: the model's)")
     group.add_argument("--width", metavar="N", type=_whole(1), help="pixels (default: the model's)")
     return group
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    _size_arguments(parser)
+    _model_arguments(parser)
+    group = parser.add_argument_group("measuring")
+    group.add_argument("--repeats", metavar="N", type=_whole(1), default=5, help="behind every median (5)")
+    group.add_argument(
+        "--only", metavar="ROWS", type=_names, help="rows to measure, with commas between (default: all)"
+    )
+    group.add_argument("--compare", metavar="FILE", type=Path, help="show ratios to what --json wrote before")
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from jax_causal import bench_report
+
+    bench_report.run(args, _parallel(args))
 
 
 def _explain_sharding(args: argparse.Namespace) -> None:
@@ -274,6 +309,11 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
 
     convert.add_arguments(parser)
     parser.set_defaults(run=convert.run)
+
+
+def _names(text: str) -> list[str]:
+    """The words between commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _whole(low: int, high: int | None = None):

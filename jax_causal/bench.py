@@ -1,0 +1,345 @@
+"""Measurement: how long the parts of a run take, and how long they would at the device's own speed.
+
+rows = bench.run(Pipeline.random("wan-1.3b"))
+rows[0].median, rows[0].floor
+
+All times are of the host's clock, warm, between points where the device has nothing left to do. Inputs are random and
+never zero. What is inside a row is said by `BOUNDARIES`; where floors come from, by `bench_ceilings`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Collection, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_causal import bench_ceilings, rollout, transformer
+from jax_causal.bench_ceilings import Ceilings, Operations
+from jax_causal.pipeline import Pipeline, decode_chunk, encode_text
+from jax_causal.request import Request, prepare
+from jax_causal.timings import CompileClock
+
+# Every row, in the order of the report, and what lies inside it.
+BOUNDARIES = {
+    "end_to_end": "prompt embedding to RGB of all frames on the host: text keys and values, noise, denoising, all "
+    "context passes but the last, decode, transfer; no text encoding",
+    "first_frame": "the same run until its first RGB frame is on the host",
+    "rollout": "denoising and all context passes; noise and text keys and values made before, no decode",
+    "rollout_without_last_context": "rollout without the context pass of the last block, which no frame needs",
+    "rollout_throughput": "operations of the rollout by its time; the floor is the product ceiling",
+    "decode": "VAE decode of all frames to uint8 on the device, in the chunks of a run; no transfer",
+    "steady_block": "one block of a long video, its window full: noise, denoising, context pass, decode; no transfer",
+    "text": "text encoder over all its positions; no tokenizer",
+    "warmup": "the first end-to-end run: compiling, and the run itself",
+    "compile": "tracing and compiling in the warm-up, or fetching programs that were compiled before",
+    "peak_memory": "the first device's peak once the rollout and decode were run, loading the weights included",
+    "product_ceiling": "one large matrix product on one device",
+    "attention_ceiling": "one large attention with the model's heads on one device, by the back end in use",
+    "copy_ceiling": "one large copy inside one device, bytes read plus written; no floor uses it",
+}
+FLOORS = (
+    "floor = (products / product_ceiling + attention / attention_ceiling) / devices, products and attention counted "
+    "in operations; norms, activations, transfers and collectives are left out"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measured quantity.
+
+    Attributes:
+      name: a key of `BOUNDARIES`.
+      median, min, max: over the repeats, in `unit`.
+      unit: "s", "TFLOP/s", "TB/s" or "GB".
+      floor: the best to be hoped for, in `unit`: the shortest time, or the highest speed. None where there is none.
+    """
+
+    name: str
+    median: float
+    min: float
+    max: float
+    unit: str
+    floor: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """Median by floor: times lie above 1 and speeds below. None without a floor."""
+        return self.median / self.floor if self.floor else None
+
+    def to_json(self) -> dict[str, str | float | None]:
+        """The fields by name."""
+        return dataclasses.asdict(self)
+
+
+def run(
+    pipe: Pipeline,
+    *,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    repeats: int = 5,
+    only: Collection[str] | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda what: None,
+) -> list[Row]:
+    """Measures a pipeline on one video.
+
+    Args:
+      num_frames, height, width: of the video; default the model's.
+      repeats: measurements behind every median; the warm-up is one more.
+      only: names of the rows wanted; None is all. Ceilings are measured in any case, for the floors.
+      seed: of all random inputs.
+      progress: called with what is measured next.
+
+    Returns:
+      Rows in the order of `BOUNDARIES`; those that this model or device cannot give are left out.
+
+    Raises:
+      ValueError: sizes that do not fit the model, unknown rows, or no repeats.
+    """
+    wanted = check_rows(only)
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats} must be 1 or more")
+    bench = _Bench(pipe, num_frames or pipe.config.num_frames, height, width, repeats, seed)
+
+    progress("ceilings")
+    ceilings = bench.ceilings()
+    groups = [
+        (bench.end_to_end, ("warmup", "compile", "end_to_end", "first_frame")),
+        (bench.rollout, ("rollout", "rollout_without_last_context", "rollout_throughput")),
+        (bench.decode, ("decode",)),
+        (bench.memory, ("peak_memory",)),
+        (bench.steady_block, ("steady_block",)),
+        (bench.text, ("text",)),
+    ]
+    rows = bench.ceiling_rows(ceilings)
+    # A peak is of what was run: memory alone needs the runs whose peak it is.
+    needed = wanted | {"rollout", "decode"} if "peak_memory" in wanted else wanted
+    for measure, names in groups:
+        if not needed.isdisjoint(names):
+            progress(", ".join(names))
+            rows += measure(ceilings)
+    by_name = {row.name: row for row in rows}
+    return [by_name[name] for name in BOUNDARIES if name in wanted and name in by_name]
+
+
+def check_rows(names: Collection[str] | None) -> set[str]:
+    """The set of `names`, all rows for None. Raises ValueError, naming the known ones, for an unknown one."""
+    if names is None:
+        return set(BOUNDARIES)
+    if unknown := [name for name in names if name not in BOUNDARIES]:
+        raise ValueError(f"there is no row {unknown[0]!r}: the rows are {', '.join(BOUNDARIES)}")
+    if not names:
+        raise ValueError(f"no rows are asked for: the rows are {', '.join(BOUNDARIES)}")
+    return set(names)
+
+
+class _Bench:
+    """The measurements. Each takes the ceilings and returns its rows."""
+
+    def __init__(self, pipe: Pipeline, num_frames, height, width, repeats, seed):
+        self.pipe, self.config, self.repeats, self.seed = pipe, pipe.config, repeats, seed
+        self.num_frames = num_frames
+        self.height, self.width = height or pipe.config.height, width or pipe.config.width
+        self.devices = pipe.parallel.num_devices
+        self.params = pipe.params["transformer"]
+        self.dtype = jax.tree.leaves(self.params)[0].dtype
+        dit = self.config.transformer
+        self.rng = np.random.default_rng(seed)
+        self.embeds = self.rng.standard_normal((1, dit.text_length, dit.text_dim), np.float32)
+        self.request = self._request(num_frames, pipe.window, pipe.sink)
+        self.spec, self.frames = self.request.spec, self.request.num_frames
+
+    def _request(self, num_frames, window, sink) -> Request:
+        return prepare(
+            self.config,
+            parallel=self.pipe.parallel,
+            num_frames=num_frames,
+            window=window,
+            sink=sink,
+            height=self.height,
+            width=self.width,
+            seed=self.seed,
+            prompt_embeds=self.embeds,
+            **dict.fromkeys(("prompt", "image", "video", "noise", "renoise")),
+        )
+
+    def ceilings(self) -> Ceilings:
+        backend = getattr(self.pipe.parallel, "backend", "auto")
+        return bench_ceilings.measure_ceilings(self.config, self.dtype, backend=backend, repeats=self.repeats)
+
+    def ceiling_rows(self, ceilings: Ceilings) -> list[Row]:
+        units = {"product": "TFLOP/s", "attention": "TFLOP/s", "copy": "TB/s"}
+        return [
+            Row(f"{name}_ceiling", *(speed / 1e12 for speed in getattr(ceilings, name)), unit)
+            for name, unit in units.items()
+        ]
+
+    def end_to_end(self, ceilings: Ceilings) -> list[Row]:
+        def generate():
+            begin = time.perf_counter()
+            chunks = self.pipe.stream(
+                prompt_embeds=self.embeds,
+                num_frames=self.num_frames,
+                height=self.height,
+                width=self.width,
+                seed=self.seed,
+            )
+            next(chunks)
+            first = time.perf_counter() - begin
+            for _ in chunks:
+                pass
+            return time.perf_counter() - begin, first
+
+        with CompileClock() as clock:
+            begin = time.perf_counter()
+            warmup, _ = generate()
+            compiling = clock.since(begin)
+        total, first = zip(*(generate() for _ in range(self.repeats)), strict=True)
+
+        text = bench_ceilings.text_kv_operations(self.config.transformer)
+        operations = bench_ceilings.rollout_operations(self.spec, self.frames, last_context=False)
+        operations = operations.plus(text).plus(self._decode_operations())
+        (start, size), *_ = rollout.block_sizes(self.frames, self.spec.sampler)
+        until_first = bench_ceilings.block_operations(self.spec, start, size, len(self.spec.sampler.steps))
+        until_first = until_first.plus(text).plus(self._decoding(1, first=True))
+        return [
+            _row("warmup", [warmup]),
+            _row("compile", [compiling]),
+            _row("end_to_end", total, ceilings.floor(operations, self.devices)),
+            _row("first_frame", first, ceilings.floor(until_first, self.devices)),
+        ]
+
+    def rollout(self, ceilings: Ceilings) -> list[Row]:
+        spec, plan = self.spec, list(rollout.block_sizes(self.frames, self.spec.sampler))
+        text = rollout.embed_text(spec, self.params, self.embeds)
+        noises = [self._noise(spec, start, size) for start, size in plan]
+
+        def roll():
+            cache = self._cache(spec)
+            jax.block_until_ready((cache, text, noises))
+            begin = time.perf_counter()
+            for (start, size), noise in zip(plan, noises, strict=True):
+                x0, cache = rollout.denoise_block(
+                    spec, self.params, cache, text, *noise, spec.place(start, size)
+                )
+                if start + size == self.frames:
+                    jax.block_until_ready(x0)
+                    without = time.perf_counter() - begin
+                cache = self._context(spec, cache, text, x0, start, size)
+            jax.block_until_ready(cache)
+            return time.perf_counter() - begin, without
+
+        roll()
+        full, without = zip(*(roll() for _ in range(self.repeats)), strict=True)
+        counted = [
+            bench_ceilings.rollout_operations(spec, self.frames, last_context=last) for last in (True, False)
+        ]
+        floors = [ceilings.floor(operations, self.devices) for operations in counted]
+        speeds = [counted[0].total / seconds / 1e12 for seconds in full]
+        return [
+            _row("rollout", full, floors[0]),
+            _row("rollout_without_last_context", without, floors[1]),
+            _row("rollout_throughput", speeds, ceilings.product[0] * self.devices / 1e12, "TFLOP/s"),
+        ]
+
+    def decode(self, ceilings: Ceilings) -> list[Row]:
+        blocks = [
+            self._noise(self.spec, start, size)[0]
+            for start, size in rollout.block_sizes(self.frames, self.spec.sampler)
+        ]
+        pieces = [*jnp.split(blocks[0], [1], axis=1), *blocks[1:]] if blocks[0].shape[1] > 1 else blocks
+
+        def decode():
+            jax.block_until_ready(pieces)
+            begin, state = time.perf_counter(), None
+            for piece in pieces:
+                frames, state = self._decode(self.spec, piece, state)
+            jax.block_until_ready((frames, state))
+            return time.perf_counter() - begin
+
+        decode()
+        seconds = [decode() for _ in range(self.repeats)]
+        return [_row("decode", seconds, ceilings.floor(self._decode_operations(), self.devices))]
+
+    def steady_block(self, ceilings: Ceilings) -> list[Row]:
+        sampler = self.config.sampler
+        size = sampler.frames_per_block
+        # By default the window is 12 latent frames and the sink 3, where blocks have 3.
+        window, sink = (4 * size, size) if self.pipe.window is None else (self.pipe.window, self.pipe.sink)
+        spec = self._request(None, window, sink).spec
+        text = rollout.embed_text(spec, self.params, self.embeds)
+        cache, state, seconds = self._cache(spec), None, []
+        for start, frames in rollout.block_sizes(None, sampler):
+            jax.block_until_ready((cache, state))
+            begin = time.perf_counter()
+            noise = self._noise(spec, start, frames)
+            x0, cache = rollout.denoise_block(
+                spec, self.params, cache, text, *noise, spec.place(start, frames)
+            )
+            cache = self._context(spec, cache, text, x0, start, frames)
+            video, state = self._decode(spec, x0, state)
+            jax.block_until_ready((cache, video, state))
+            # Blocks that overwrite others are all alike; the first two of the video compile.
+            if start >= max(window, 2 * size):
+                seconds.append(time.perf_counter() - begin)
+            if len(seconds) == self.repeats:
+                break
+        operations = bench_ceilings.block_operations(spec, start, size, len(sampler.steps) + 1)
+        operations = operations.plus(self._decoding(size, first=False))
+        return [_row("steady_block", seconds, ceilings.floor(operations, self.devices))]
+
+    def text(self, ceilings: Ceilings) -> list[Row]:
+        config, params = self.config.text_encoder, self.pipe.params.get("text_encoder")
+        if params is None:
+            return []
+        ids = self.rng.integers(2, config.vocab_size, (1, config.max_length), np.int32)
+        mask = np.ones_like(ids)
+
+        def encode():
+            begin = time.perf_counter()
+            jax.block_until_ready(encode_text(config, params, ids, mask))
+            return time.perf_counter() - begin
+
+        encode()
+        seconds = [encode() for _ in range(self.repeats)]
+        return [_row("text", seconds, ceilings.floor(bench_ceilings.text_operations(config)))]
+
+    def memory(self, ceilings: Ceilings) -> list[Row]:
+        peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        return [] if peak is None else [_row("peak_memory", [peak / 1e9], None, "GB")]
+
+    # Steps of a run.
+
+    def _cache(self, spec):
+        return rollout.init_cache(spec, 1, self.dtype, stacked=not transformer.is_unrolled(self.params))
+
+    def _noise(self, spec, start, size):
+        return rollout.draw_noise(spec, self.request.keys, np.int32(start), size, self.dtype)
+
+    def _context(self, spec, cache, text, x0, start, size):
+        t = np.float32(spec.sampler.context_noise)
+        return rollout.write_context(spec, self.params, cache, text, x0, spec.place(start, size), t)
+
+    def _decode(self, spec, tokens, state):
+        params = self.pipe.params["vae"]
+        return decode_chunk(self.config.vae, spec, params, tokens, state, first=state is None)
+
+    def _decoding(self, frames: int, *, first: bool) -> Operations:
+        size = self.height, self.width
+        return bench_ceilings.decode_operations(self.config.vae, frames, *size, first=first)
+
+    def _decode_operations(self) -> Operations:
+        """All frames; every chunk but the first costs the same per latent frame."""
+        rest = self._decoding(1, first=False)
+        later = self.frames - 1
+        return self._decoding(1, first=True).plus(Operations(later * rest.products, later * rest.attention))
+
+
+def _row(name: str, values: Sequence[float], floor: float | None = None, unit: str = "s") -> Row:
+    return Row(name, statistics.median(values), min(values), max(values), unit, floor)
