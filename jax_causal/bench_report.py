@@ -23,6 +23,9 @@ from jax_causal.parallel import Parallel
 
 # What two runs must share to be comparable. Devices, strategy, precision and versions may be what is compared.
 SAME = ("model", "frames", "height", "width", "window", "sink")
+NOT_MEASURED = (
+    "not measured: the time of single kernels inside a pass or a decode; jax.profiler.trace shows them"
+)
 
 
 def run(args: argparse.Namespace, parallel: Parallel) -> None:
@@ -47,6 +50,7 @@ def run(args: argparse.Namespace, parallel: Parallel) -> None:
         "boundaries": {row.name: BOUNDARIES[row.name] for row in measured},
         "floors": FLOORS,
         "left_out": left_out,
+        "not_measured": NOT_MEASURED,
     }
     if earlier:
         record["compare"] = compare(measured, earlier)
@@ -105,7 +109,7 @@ def _sections(record: dict, rows: Sequence[Row], earlier: dict | None) -> list:
     )
     sections = [title, Text(setting, "dim"), "", _table(rows, record.get("compare")), ""]
     sections += [Text(f"{row.name}: {BOUNDARIES[row.name]}", "dim") for row in rows]
-    sections.append(Text(FLOORS, "dim"))
+    sections += [Text(FLOORS, "dim"), Text(NOT_MEASURED, "dim")]
     if record["left_out"]:
         names = ", ".join(record["left_out"])
         sections.append(f"left out, because the model or the device does not have it: {names}")
