@@ -31,6 +31,14 @@ SOURCES = {
 }
 
 
+class OtherLeaves(ValueError):
+    """A checkpoint does not hold the leaves that were asked for; `differences` lists them."""
+
+    def __init__(self, message: str, differences: str):
+        super().__init__(f"{message}\n{differences}")
+        self.differences = differences
+
+
 def missing(folder: str | os.PathLike) -> dict[str, str]:
     """What the model folder lacks: component -> a command that adds it."""
     return {
@@ -106,7 +114,7 @@ def restore(path: str | os.PathLike, abstract: Mapping) -> dict:
 
     Raises:
       FileNotFoundError: there is no such folder.
-      ValueError: the checkpoint is damaged, or its leaves are not those of `abstract`.
+      ValueError: the checkpoint is damaged, or (`OtherLeaves`) its leaves are not those of `abstract`.
     """
     path = Path(path).absolute()
     if not path.exists():
@@ -120,10 +128,8 @@ def restore(path: str | os.PathLike, abstract: Mapping) -> dict:
         raise ValueError(f"{damaged} (its metadata cannot be read)") from error
     wanted = _flat(abstract)
     if problems := differences(_shapes(stored), _shapes(wanted)):
-        raise ValueError(
-            f"the checkpoint at {path} does not hold this model's parameters; is its config.json the right "
-            f"one?\n{problems}"
-        )
+        message = f"the checkpoint at {path} does not hold this model's parameters; is its config.json the right one?"
+        raise OtherLeaves(message, problems)
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     targets = {
         key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or default)

@@ -7,6 +7,7 @@ and of the small model; `ModelConfig.to_json` / `from_json` are the `config.json
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import types
 import typing
@@ -162,17 +163,19 @@ class ModelConfig:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"config.json is not valid JSON: {error}") from None
-        return _from_dict(cls, data, "config")
+        return from_dict(cls, data, "config")
 
 
-def _from_dict(cls, data, where):
-    """Builds the frozen dataclass `cls` from parsed JSON, naming the offending key in every error."""
+def from_dict(cls, data, where: str):
+    """Builds the dataclass `cls` from parsed JSON. Raises ValueError, naming the offending key below `where`."""
     if not isinstance(data, dict):
         raise ValueError(f"{where} must be a JSON object, not {type(data).__name__}")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if unknown := sorted(set(data) - set(fields)):
-        raise ValueError(f"{where} has unknown keys {unknown}; known are {sorted(fields)}")
+        near = difflib.get_close_matches(unknown[0], fields, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"{where} has unknown keys {unknown}{hint}; known are {sorted(fields)}")
     required = {
         name
         for name, field in fields.items()
@@ -188,10 +191,12 @@ def _convert(hint, value, where):
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        (hint,) = (a for a in args if a is not type(None))
-        return _convert(hint, value, where)
+        # Of several kinds, an object is the dataclass, and anything else is not.
+        kinds = [a for a in args if a is not type(None)]
+        fits = [a for a in kinds if dataclasses.is_dataclass(a) == isinstance(value, dict)]
+        return _convert((fits or kinds)[0], value, where)
     if dataclasses.is_dataclass(hint):
-        return _from_dict(hint, value, where)
+        return from_dict(hint, value, where)
     if origin is tuple:
         if not isinstance(value, list):
             raise ValueError(f"{where} must be a list, not {value!r}")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 from rich.theme import Theme
@@ -23,6 +26,8 @@ _console = Console(
 
 # Without a terminal, one line of progress in so many seconds.
 _PLAIN_INTERVAL_S = 10
+# On one, training shows its metrics again after so many seconds.
+_LIVE_INTERVAL_S = 0.2
 # Longer tables leave the middle out.
 _MAX_ROWS = 12
 
@@ -60,7 +65,7 @@ def plain_warnings() -> Iterator[None]:
 
 
 class Display:
-    """The course of `generate`. With `quiet` it shows nothing."""
+    """The course of `generate` or `train`. With `quiet` it shows nothing."""
 
     def __init__(self, *, quiet: bool = False):
         self.quiet = quiet
@@ -160,6 +165,40 @@ class Display:
         table.add_row("all", *map(_seconds, sums), _seconds(timings.total_s), style="bold")
         _console.print("", table, "", sep="\n")
 
+    @contextlib.contextmanager
+    def training(
+        self, stage: str, first: int, total: int
+    ) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+        """A live table of one training run; gives a function to call with the updates done and their metrics."""
+        rate, shown = _Rate(first), time.monotonic()
+
+        def line(step, metrics):
+            values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            return f"{stage} {step}/{total}  {values}  {rate.text(step, total)}"
+
+        def plain(step, metrics):
+            nonlocal shown
+            rate.add(step)
+            if time.monotonic() - shown > _PLAIN_INTERVAL_S or step == total:
+                shown = time.monotonic()
+                self.print(line(step, metrics))
+
+        if self.quiet:
+            yield lambda step, metrics: None
+        elif not _console.is_terminal:
+            yield plain
+        else:
+            with Live(console=_console, auto_refresh=False, transient=True) as live:
+
+                def update(step, metrics):
+                    nonlocal shown
+                    rate.add(step)
+                    if time.monotonic() - shown > _LIVE_INTERVAL_S or step == total:
+                        shown = time.monotonic()
+                        live.update(_training_table(stage, step, total, metrics, rate), refresh=True)
+
+                yield update
+
     def finished(self, path, timings: Timings, fps: int, *, brief: bool = False) -> None:
         """What was written, and how fast: prompt to file first."""
         made = f"{timings.frames} frames, {timings.frames / fps:.1f} s of video, in {timings.total_s:.1f} s"
@@ -172,6 +211,34 @@ class Display:
         dit_s = sum(timings.phase("denoise")) + sum(timings.phase("context"))
         details.append(f"{timings.frames / dit_s:.1f} fps DiT alone")
         self.print(("  " + " · ".join(details), "dim"))
+
+
+class _Rate:
+    """Updates per second over the last while, and the time that is left."""
+
+    def __init__(self, first: int):
+        self._seen = deque([(time.monotonic(), first)], maxlen=200)
+
+    def add(self, step: int) -> None:
+        self._seen.append((time.monotonic(), step))
+
+    def text(self, step: int, total: int) -> str:
+        (began, first), (now, last) = self._seen[0], self._seen[-1]
+        if now <= began or last <= first:
+            return ""
+        rate = (last - first) / (now - began)
+        left = round((total - step) / rate)
+        return f"{rate:.3g} updates/s  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
+
+
+def _training_table(stage, step, total, metrics, rate) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_row(stage, f"{step}/{total}", style="bold")
+    table.add_row("", ProgressBar(total, step, 32, style="bright_black", complete_style="cyan"))
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4g}")
+    table.add_row("", rate.text(step, total), style="dim")
+    return table
 
 
 def nbytes(size: int) -> str:

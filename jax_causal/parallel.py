@@ -45,7 +45,8 @@ class Parallel(Protocol):
         """The form that runs this model, with everything settled that depends on its sizes."""
 
     def shardings(self, abstract, component: str = "transformer"):
-        """A sharding for every leaf of a component's parameters, a nested dict of `jax.ShapeDtypeStruct`."""
+        """A sharding for every leaf of a component's parameters, a nested dict of `jax.ShapeDtypeStruct`; for the
+        component "data", of arrays whose first axis is a batch."""
 
     def cache_shape(self, tokens: int) -> tuple[int, int]:
         """(room for a frame's tokens in the cache, parts that it is dealt over); see `CacheLayout`."""

@@ -34,6 +34,7 @@ class SequenceParallel:
       mesh: a mesh of the caller's, with axes `batch_axis` (optional), "seq" and "heads" (optional), instead of
         `devices`. Its degrees then fix the strategy unless it is "gather".
       batch_axis: mesh axis for the batch.
+      data: groups of devices that share the batch between them; the devices of a group share every frame.
       shard_params: shard the transformer's weights over all devices as well, for models that would not fit.
       backend: attention back end, as in `SingleDevice`.
       parts: parts that `gather` splits its keys into on each device.
@@ -45,6 +46,7 @@ class SequenceParallel:
     _: dataclasses.KW_ONLY
     mesh: Mesh | None = None
     batch_axis: str = "data"
+    data: int = 1
     shard_params: bool = False
     backend: str = "auto"
     parts: int = 1
@@ -65,7 +67,9 @@ class SequenceParallel:
             memory = _memory(devices[0])
             if memory is not None:
                 memory -= work.weight_bytes // (len(devices) if self.shard_params else 1)
-            strategy, reason = choose(self.strategy, len(devices), work, memory)
+            if len(devices) % self.data:
+                raise ValueError(f"{len(devices)} devices cannot be split into data={self.data} equal groups")
+            strategy, reason = choose(self.strategy, len(devices) // self.data, work, memory)
             mesh = make_mesh(devices, strategy.seq, strategy.heads, batch_axis=self.batch_axis)
         log.info("%s", reason)
         return Sharded(
@@ -120,6 +124,8 @@ class Sharded:
     # Parameters and cache.
 
     def shardings(self, abstract, component: str = "transformer"):
+        if component == "data":
+            return specs.batched(abstract, self.mesh, self.rules)
         if component == "text_encoder" or (component == "transformer" and self.shard_params):
             return specs.fully_sharded(abstract, self.mesh)
         return specs.replicated(abstract, self.mesh)

@@ -67,6 +67,16 @@ def replicated(abstract: Mapping, mesh: Mesh):
     return jax.tree.map(lambda _: NamedSharding(mesh, P()), abstract)
 
 
+def batched(abstract: Mapping, mesh: Mesh, rules: Rules):
+    """A sharding for every leaf that cuts its first axis as a batch; whole copies of leaves where that is not even."""
+
+    def leaf(x):
+        even = x.ndim > 0 and x.shape[0] % mesh.shape[rules.batch] == 0
+        return rules.sharding(("batch",) if even else (), mesh)
+
+    return jax.tree.map(leaf, abstract)
+
+
 def fully_sharded(abstract: Mapping, mesh: Mesh):
     """A sharding for every leaf that cuts its largest divisible axis over all devices of the mesh.
 
