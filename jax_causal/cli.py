@@ -69,6 +69,19 @@ Every row says what is inside it. Floors are operations by the speeds that
 large products and attention reach on the same device in the same run.
 """
 
+_TRAIN = """\
+examples:
+  jax-causal train --stage vae --out runs/vae
+  jax-causal train --stage teacher --out runs/teacher --set init_from=runs/vae
+  jax-causal train --config FILE.json --out FOLDER --set learning_rate=1e-4 mesh.seq=4
+  jax-causal train --config FILE.json --out FOLDER --resume
+
+FOLDER becomes a model folder, from which the next stage starts. FOLDER/training
+holds config.json, metrics.jsonl (a line an update), samples and the last two
+checkpoints. Ctrl-C saves another one before it ends. A run that is resumed ends
+with the same bits as one that was never interrupted.
+"""
+
 _BAD_INPUT = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 
 
@@ -95,20 +108,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         with console.plain_warnings():
             args.run(args)
         return 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         without = " without --overwrite" if getattr(args, "overwrite", False) else ""
         again = f"; the same command{without} continues" if getattr(args, "prompts", None) else ""
-        console.note(f"interrupted: nothing half-written was left{again}")
+        console.note(f"interrupted: {str(interrupt) or f'nothing half-written was left{again}'}")
         return 130
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        message, status = _explain(error)
+    except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
+        message, status = _explain(error, args.verb)
         if message is None or os.environ.get("JAX_CAUSAL_TRACEBACK"):
             raise
         console.error(message)
         return status
 
 
-def _explain(error: Exception) -> tuple[str | None, int]:
+def _explain(error: Exception, verb: str) -> tuple[str | None, int]:
     """(message, exit status) of an expected error; the message of any other is None."""
     if isinstance(error, ValueError):
         return str(error), 2
@@ -119,6 +132,8 @@ def _explain(error: Exception) -> tuple[str | None, int]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             return None, 1
         mends = "a smaller --window, --height and --width, or --precision bfloat16"
+        if verb == "train":
+            mends = "--set accumulate=N, a smaller batch_size, or shard_params=true on more --devices"
         return f"the device's memory is full: try {mends} ({str(error).splitlines()[0]})", 1
     return str(error), 1
 
@@ -156,6 +171,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     _bench_arguments(bench)
     bench.set_defaults(run=_bench, image=None, video=None)
+    train = verbs.add_parser(
+        "train",
+        help="train a stage: vae, teacher, causal or distill",
+        description="Trains one stage of a model and leaves a model folder.",
+        epilog=_TRAIN,
+    )
+    _train_arguments(train)
+    train.set_defaults(run=_train)
     convert = verbs.add_parser(
         "convert",
         help="make a model folder from PyTorch weights",
@@ -238,6 +261,58 @@ def _bench(args: argparse.Namespace) -> None:
     from jax_causal import bench_report
 
     bench_report.run(args, _parallel(args))
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what to train")
+    group.add_argument("--stage", choices=("vae", "teacher", "causal", "distill"), help="which objective")
+    group.add_argument(
+        "--config", metavar="NAME|FILE", help="bundled configuration or JSON file (tiny-STAGE)"
+    )
+    group.add_argument(
+        "--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="values to change in it"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="model folder to make")
+    output.add_argument("--resume", action="store_true", help="go on from the last checkpoint in it")
+    output.add_argument(
+        "--allow-changes", action="store_true", help="resume with another configuration than before"
+    )
+    output.add_argument("--json", metavar="FILE", help="write how it ended; - is standard output")
+    output.add_argument("--quiet", action="store_true", help="show warnings and errors only")
+    devices = parser.add_argument_group("devices")
+    devices.add_argument(
+        "--devices",
+        metavar="N",
+        type=_whole(1),
+        help="share the batch among N devices, or among N / mesh.seq groups of them",
+    )
+    devices.add_argument(
+        "--strategy",
+        metavar="NAME",
+        help="share every frame instead: auto, gather, ulysses, ring or hybrid, as in generate",
+    )
+
+
+def _train(args: argparse.Namespace) -> None:
+    from jax_causal import train_command
+
+    config = train_command.configuration(args)
+    environment.apply(devices=config.mesh.size)
+    train_command.run(args, config, _training_parallel(config))
+
+
+def _training_parallel(config):
+    """How to run a training configuration."""
+    if config.mesh.size == 1:
+        from jax_causal.parallel import SingleDevice
+
+        return SingleDevice()
+    from sharding import SequenceParallel
+
+    return SequenceParallel(
+        config.mesh.size, config.strategy, data=config.mesh.data, shard_params=config.shard_params
+    )
 
 
 def _explain_sharding(args: argparse.Namespace) -> None:

@@ -76,7 +76,7 @@ def train(
 
     Raises:
       NotFinite: a metric is NaN or infinite. The state before that update is saved.
-      FileExistsError: there are checkpoints and `resume` is not set.
+      FileExistsError: there are checkpoints and `resume` is not set, or `folder` is another model's.
       ValueError: the checkpoint is damaged, or of another configuration or stage.
       OSError: the disk is full; the checkpoints before are intact.
     """
@@ -85,6 +85,8 @@ def train(
     found = checkpoints.latest(training)
     if found and not resume:
         raise FileExistsError(f"{found} exists: pass --resume to go on, or choose another folder")
+    if not found and (folder / "config.json").exists():
+        raise FileExistsError(f"{folder} is a model folder already: choose another folder")
     training.mkdir(parents=True, exist_ok=True)
     checkpoints.remove_leftovers(training)
     with _signals() as stop:
