@@ -228,19 +228,20 @@ def _presets() -> dict[str, ModelConfig]:
         "tiny": ModelConfig(
             name="tiny",
             transformer=TransformerConfig(
-                dim=192, num_layers=8, num_heads=8, ffn_dim=768, text_dim=128, text_length=64
+                dim=192, num_layers=8, num_heads=8, ffn_dim=768, text_dim=128, text_length=32
             ),
             vae=VAEConfig(dim=16),
             text_encoder=TextConfig(
-                vocab_size=384,
+                vocab_size=576,
                 dim=128,
                 attention_dim=128,
                 ffn_dim=320,
                 num_heads=4,
                 num_layers=4,
-                max_length=64,
+                max_length=32,
             ),
-            tokenizer=TokenizerConfig(kind="bytes"),
+            tokenizer=TokenizerConfig(),
+            sampler=SamplerConfig(shift=3.0),
             height=96,
             width=96,
         ),

@@ -264,25 +264,43 @@ class CausalDiT(nnx.Module):
         return self.head(x, e)
 
     def teacher_forcing(
-        self, noisy, t, clean, text: TextKV, frames, grid, parallel: Parallel, *, frame_mask, clean_t=None
+        self,
+        noisy,
+        t,
+        clean,
+        text: TextKV,
+        frames,
+        grid,
+        parallel: Parallel,
+        *,
+        frame_mask,
+        clean_t=None,
+        detach_clean: bool = False,
     ) -> jax.Array:
         """Velocity of `noisy` [B, F, S, 4C] given `clean` frames of the past of the same shape.
 
         Both halves stand at the same positions; `frame_mask` is [2F, 2F], see `teacher_forcing_mask`. The clean
-        half is modulated with `clean_t` [B, F'] (default 0), the noisy half with `t`.
+        half is modulated with `clean_t` [B, F'] (default 0), the noisy half with `t`. With `detach_clean` no gradient
+        flows through the clean half's keys and values, as none does through a cache.
         """
         f = noisy.shape[1]
         clean_t = jnp.zeros_like(t) if clean_t is None else clean_t
         times = jnp.concatenate([_per_frame(clean_t, f), _per_frame(t, f)], axis=1)
         both = jnp.concatenate([clean, noisy], axis=1)
         frames = jnp.concatenate([frames, frames], axis=1)
-        x, e = self._forward(both, times, text, frames, grid, parallel, frame_mask)
+        detached = f if detach_clean else 0
+        x, e = self._forward(both, times, text, frames, grid, parallel, frame_mask, detached)
         return self.head(x[:, f:], e[:, f:])
 
-    def _forward(self, x, t, text, frames, grid, parallel, frame_mask):
+    def _forward(self, x, t, text, frames, grid, parallel, frame_mask, detached: int = 0):
+        """`detached` frames give keys and values without gradient."""
         table = parallel.rope(frames, *grid, self.config.head_dim)
 
         def attend(q, k, v, layer, carry):
+            if detached:
+                k, v = (
+                    jnp.concatenate([jax.lax.stop_gradient(y[:, :detached]), y[:, detached:]], 1) for y in (k, v)
+                )
             return parallel.attend(q, k, v, table, grid[0] * grid[1], frame_mask), carry
 
         x, e, _ = self._run(x, t, text, attend, None, parallel)

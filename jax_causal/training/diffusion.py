@@ -1,0 +1,110 @@
+"""What the diffusion stages share: where a clip stands, its prompts, and the terms of the losses."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_causal import flow, modules, rope
+from jax_causal.config import ModelConfig
+from jax_causal.text import UMT5Encoder
+from jax_causal.tokenizer import Tokenizer
+from jax_causal.training import data, optim
+from jax_causal.training.config import TrainConfig
+
+
+class Clips(NamedTuple):
+    """Encoded clips [N, F, S, 4C] and their prompts."""
+
+    latents: jax.Array
+    prompts: data.Prompts
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setting:
+    """Where a clip of the model's own length stands: token grid and rotary factors of its frames."""
+
+    grid: tuple[int, int]
+    num_frames: int
+    frames: np.ndarray
+
+    @classmethod
+    def create(cls, model: ModelConfig) -> Setting:
+        step = model.transformer.patch_size * model.vae.spatial_factor
+        num_frames = 1 + (model.num_frames - 1) // model.vae.temporal_factor
+        return cls(
+            (model.height // step, model.width // step),
+            num_frames,
+            rope.frame_factors(0, num_frames, model.transformer.head_dim),
+        )
+
+
+def zero_velocity(params: dict) -> dict:
+    """Parameters whose last projection and whose modulation by time start at zero, so that training starts calmly."""
+    head = params["head"] | {"linear": jax.tree.map(jnp.zeros_like, params["head"]["linear"])}
+    return params | {"head": head, "time_projection": jax.tree.map(jnp.zeros_like, params["time_projection"])}
+
+
+def encoded_clips(model: ModelConfig, vae, tokenizer, parallel, options, config: TrainConfig) -> Clips:
+    """Scenes of the split "train", encoded and captioned; a function of the configuration alone."""
+    scenes = jax.jit(lambda key: data.scenes(key, options.num_clips))(jax.random.key(config.seed + 2))
+    latents = data.encode_scenes(
+        model.vae,
+        jax.jit(lambda params: optim.cast(params, config.dtype))(vae),
+        scenes,
+        parallel,
+        num_frames=model.num_frames,
+        size=model.height,
+        patch=model.transformer.patch_size,
+        chunk=options.encode_batch,
+    )
+    return Clips(latents, data.prompts(data.attribute_sets(scenes), tokenizer, options.wordings))
+
+
+def draw(key, clips: Clips, batch: int):
+    """Latents [B, F, S, 4C], token ids [B, L] and labels [B, 6] of random clips in random wordings."""
+    clip_key, wording_key = jax.random.split(key)
+    which = jax.random.randint(clip_key, (batch,), 0, clips.latents.shape[0])
+    wording = jax.random.randint(wording_key, (batch,), 0, clips.prompts.ids.shape[1])
+    return clips.latents[which], clips.prompts.ids[which, wording], clips.prompts.labels[which, wording]
+
+
+def null_prompt(tokenizer: Tokenizer) -> np.ndarray:
+    """Token ids [L] of a prompt that says nothing."""
+    ids = np.full(tokenizer.max_length, tokenizer.pad_id, np.int32)
+    ids[0] = tokenizer.eos_id
+    return ids
+
+
+def encode_prompts(model: ModelConfig, params, ids):
+    """Prompt embeddings [B, L, E] of token ids [B, L]."""
+    mask = ids != model.tokenizer.pad_id
+    return modules.bind(UMT5Encoder, model.text_encoder, params)(ids, mask)
+
+
+def probe_loss(context, labels, probe):
+    """Cross-entropy of reading each named label from the mean of the prompt's embeddings, averaged over labels."""
+    used = jnp.any(context != 0, axis=-1, keepdims=True)
+    mean = context.astype(jnp.float32).sum(1) / jnp.maximum(used.sum(1), 1)
+    logits = jnp.split(mean @ probe.astype(jnp.float32), np.cumsum(list(data.LABELS.values()))[:-1], axis=-1)
+    named = (labels != data.UNNAMED).astype(jnp.float32)
+    losses = [
+        -jnp.take_along_axis(jax.nn.log_softmax(one), jnp.maximum(labels[:, i : i + 1], 0), axis=-1)[:, 0]
+        for i, one in enumerate(logits)
+    ]
+    return (jnp.stack(losses, -1) * named).sum() / jnp.maximum(named.sum(), 1)
+
+
+def draw_times(key, shape, shift: float):
+    """Timesteps and sigmas (fp32, of `shape`) drawn evenly from the schedule's table."""
+    index = jax.random.randint(key, shape, 0, flow.NUM_TIMESTEPS)
+    return jnp.asarray(flow.timesteps(shift))[index], jnp.asarray(flow.sigmas(shift))[index]
+
+
+def velocity_error(v, noise, x0):
+    """Mean squared error of a predicted velocity, fp32."""
+    return jnp.square(v.astype(jnp.float32) - (noise.astype(jnp.float32) - x0.astype(jnp.float32))).mean()

@@ -1,0 +1,259 @@
+"""Stage four: Self-Forcing (arXiv:2506.08009) with distribution matching (DMD, arXiv:2405.14867): the few-step model.
+
+The generator rolls whole clips out from noise exactly as at inference, cached keys and values included, and its output
+is made to look as probable to the teacher as to a critic that keeps learning what the generator makes. No video is
+needed, only prompts.
+
+Source: Self-Forcing, algorithm 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_causal import flow, transformer
+from jax_causal.config import ModelConfig
+from jax_causal.parallel import Parallel, SingleDevice
+from jax_causal.rollout import RolloutSpec
+from jax_causal.training import data, diffusion, optim, previews, vocabulary
+from jax_causal.training.causal_stage import gapped_frames
+from jax_causal.training.config import TrainConfig
+from jax_causal.training.folder import Components
+from jax_causal.training.self_forcing import last_pass, roll_out
+from jax_causal.training.stage import step_key
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Of the stage `distill`.
+
+    Attributes:
+      teacher: model folder of the bidirectional model whose distribution is to be matched.
+      num_prompts, wordings: scenes whose captions are rolled out, and captions of each.
+      guidance: of the teacher, 1 meaning none.
+      critic_steps: critic updates for one of the generator.
+      critic_learning_rate: the generator's is `learning_rate` of the configuration.
+      earliest, latest: timesteps between which the two scores are compared.
+      longest_gap, gap_share: as of the stage `causal`.
+    """
+
+    teacher: str = ""
+    num_prompts: int = 20_480
+    wordings: int = 4
+    guidance: float = 3.0
+    critic_steps: int = 5
+    critic_learning_rate: float = 1e-4
+    earliest: float = 20.0
+    latest: float = 980.0
+    longest_gap: int = 0
+    gap_share: float = 0.5
+
+
+class DistillStage:
+    """See the module's text, and `stage.Stage` for the methods.
+
+    Args:
+      teacher: parameters of the teacher's transformer, instead of those in the folder that the options name.
+    """
+
+    name = "distill"
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: ModelConfig,
+        components: Mapping,
+        parallel: Parallel | None = None,
+        *,
+        teacher: dict | None = None,
+    ):
+        self.config, self.options = config, config.stage_options(Options)
+        self.model, self.components = model, components
+        self.tokenizer = vocabulary.load(model)
+        self.parallel = parallel or SingleDevice()
+        self.teacher = teacher or _read_teacher(self.options.teacher, model, self.parallel)
+        self.critic_config = dataclasses.replace(
+            config,
+            learning_rate=self.options.critic_learning_rate,
+            num_steps=config.num_steps * self.options.critic_steps,
+        )
+        self.optimizer, self.critic_optimizer = map(optim.optimizer, (config, self.critic_config))
+        self.setting = diffusion.Setting.create(model)
+        self.spec = RolloutSpec.create(
+            model.transformer,
+            model.sampler,
+            self.setting.grid,
+            self.setting.num_frames,
+            parallel=self.parallel,
+        )
+        sampler = model.sampler
+        self.blocks = transformer.block_index(
+            self.setting.num_frames, sampler.frames_per_block, sampler.independent_first_frame
+        )
+
+    def init(self, key):
+        generator, critic = self.components["transformer"], self.teacher
+        return {
+            "generator": {"params": generator, "optimizer": self.optimizer.init(generator), "ema": generator},
+            "critic": {"params": critic, "optimizer": self.critic_optimizer.init(critic)},
+        }
+
+    def data(self):
+        scenes = jax.jit(lambda key: data.scenes(key, self.options.num_prompts))(
+            jax.random.key(self.config.seed + 3)
+        )
+        prompts = data.prompts(data.attribute_sets(scenes), self.tokenizer, self.options.wordings)
+        frozen = {"teacher": self.teacher, "text_encoder": self.components["text_encoder"]}
+        return jnp.asarray(prompts.ids), optim.cast(frozen, self.config.dtype)
+
+    def update(self, state, step, data):
+        """A generator update, then `critic_steps` critic updates, each on rollouts of its own."""
+        key = step_key(self.config.seed, step)
+        state, metrics = self._step("generator", state, jax.random.fold_in(key, 0), step, data)
+
+        def critic_step(state, turn):
+            key_ = jax.random.fold_in(key, 1 + turn)
+            return self._step("critic", state, key_, step * self.options.critic_steps + turn, data)
+
+        state, critic = jax.lax.scan(critic_step, state, jnp.arange(self.options.critic_steps))
+        return state, metrics | {f"critic_{name}": value.mean() for name, value in critic.items()}
+
+    def _step(self, part: str, state, key, step, data):
+        """One optimizer step of one of the two networks."""
+        loss, config, optimizer = {
+            "generator": (self.generator_loss, self.config, self.optimizer),
+            "critic": (self.critic_loss, self.critic_config, self.critic_optimizer),
+        }[part]
+        grads, metrics = optim.accumulate(
+            lambda params, key: loss(params, state, key, *data, config.batch_size // config.accumulate),
+            state[part]["params"],
+            key,
+            config.accumulate,
+        )
+        new, metrics = optim.step(optimizer, config, state[part], grads, step, metrics)
+        return state | {part: new}, metrics
+
+    # The two losses.
+
+    def rollouts(self, params, key, ids, frozen, batch: int):
+        """Rollouts of random prompts with `params` and what belongs to them: see `self_forcing.roll_out`."""
+        keys = jax.random.split(key, 5)
+        which = jax.random.randint(keys[0], (2, batch), 0, np.array([ids.shape[:2]]).T)
+        context = diffusion.encode_prompts(self.model, frozen["text_encoder"], ids[which[0], which[1]])
+        network = transformer.bind(self.model.transformer, params)
+        shape = (len(self.spec.sampler.steps), batch, self.setting.num_frames, *self._token_shape)
+        noise = jax.random.normal(keys[1], shape, self.config.dtype)
+        exit_step = jax.random.randint(keys[2], (), 0, len(self.spec.sampler.steps))
+        frames = gapped_frames(
+            keys[3],
+            self.blocks,
+            self.model.transformer.head_dim,
+            self.options.longest_gap,
+            self.options.gap_share,
+        )
+        text = jax.lax.stop_gradient(network.embed_text(context))
+        inputs, clean = roll_out(self.spec, params, text, noise[0], noise[1:], exit_step, frames)
+        return context, inputs, clean, exit_step, frames
+
+    def generator_loss(self, params, state, key, ids, frozen, batch: int):
+        """DMD on the last pass of rollouts; the gradient stays inside that pass."""
+        params = optim.cast(params, self.config.dtype)
+        keys = jax.random.split(key, 3)
+        context, inputs, clean, exit_step, frames = self.rollouts(
+            jax.lax.stop_gradient(params), keys[0], ids, frozen, batch
+        )
+        x = last_pass(self.spec, params, context, inputs, clean, exit_step, frames)
+        t, sigma = self.draw_times(keys[1], batch)
+        noise = jax.random.normal(keys[2], x.shape, self.config.dtype)
+        noisy = flow.add_noise(jax.lax.stop_gradient(x), noise, sigma)
+        nothing = diffusion.encode_prompts(
+            self.model, frozen["text_encoder"], diffusion.null_prompt(self.tokenizer)[None]
+        )
+        real = self.score(frozen["teacher"], noisy, t, sigma, context)
+        if self.options.guidance != 1:
+            without = self.score(frozen["teacher"], noisy, t, sigma, jnp.broadcast_to(nothing, context.shape))
+            real = without + self.options.guidance * (real - without)
+        critic = optim.cast(state["critic"]["params"], self.config.dtype)
+        fake = self.score(critic, noisy, t, sigma, context)
+        loss, size = dmd_loss(x, real, fake)
+        return loss, {"loss": loss, "direction": size}
+
+    def critic_loss(self, params, state, key, ids, frozen, batch: int):
+        """Flow matching on what the generator makes."""
+        params = optim.cast(params, self.config.dtype)
+        keys = jax.random.split(key, 3)
+        generator = optim.cast(state["generator"]["params"], self.config.dtype)
+        context, _, x, _, _ = jax.lax.stop_gradient(self.rollouts(generator, keys[0], ids, frozen, batch))
+        t, sigma = self.draw_times(keys[1], batch)
+        noise = jax.random.normal(keys[2], x.shape, x.dtype)
+        v = self.velocity(params, flow.add_noise(x, noise, sigma), t, context)
+        loss = diffusion.velocity_error(v, noise, x)
+        return loss, {"loss": loss}
+
+    def draw_times(self, key, batch: int):
+        """One timestep and sigma for each whole video, [B, 1] fp32."""
+        t, sigma = diffusion.draw_times(key, (batch, 1), self.model.sampler.shift)
+        t = jnp.clip(t, self.options.earliest, self.options.latest)
+        return t, jnp.clip(sigma, self.options.earliest / 1000, self.options.latest / 1000)
+
+    def velocity(self, params, x, t, context):
+        """A bidirectional pass."""
+        network = transformer.bind(self.model.transformer, params)
+        text = network.embed_text(context)
+        return network.forward(x, t, text, self.setting.frames, self.setting.grid, self.parallel)
+
+    def score(self, params, x, t, sigma, context):
+        """Clean prediction of a bidirectional network, fp32 and without gradient."""
+        v = self.velocity(jax.lax.stop_gradient(params), x, t, context)
+        return jax.lax.stop_gradient(flow.x0_from_flow(x.astype(jnp.float32), v, sigma))
+
+    @property
+    def _token_shape(self) -> tuple[int, int]:
+        config = self.model.transformer
+        tokens = self.setting.grid[0] * self.setting.grid[1]
+        return tokens, config.patch_size**2 * config.in_channels
+
+    # What comes out.
+
+    def sample(self, state):
+        components = {**self.components, **self.export(state)}
+        return previews.rollouts(self.model, components, self.tokenizer, self.parallel)
+
+    def export(self, state):
+        return {"transformer": state["generator"]["ema"]}
+
+    def trained_model(self, state) -> ModelConfig:
+        return dataclasses.replace(self.model, kind="causal-distilled")
+
+
+def _read_teacher(folder: str, model: ModelConfig, parallel: Parallel) -> dict:
+    if not folder:
+        raise ValueError("config.options.teacher is not given: name the model folder of the stage `teacher`")
+    components = Components(folder, model, parallel)
+    if "transformer" not in components:
+        raise FileNotFoundError(
+            f"config.options.teacher: {folder} has no transformer; train the stage `teacher` there"
+        )
+    return components["transformer"]
+
+
+def dmd_loss(x, real, fake):
+    """Loss whose gradient in `x` is that of distribution matching, and the mean size of that direction.
+
+    Args:
+      x: generated samples [B, ...]; the only argument with a gradient.
+      real, fake: clean predictions of teacher and critic for `x` with noise.
+
+    The direction is (fake - real) / mean |x - real|, the mean over all but the batch (DMD, equation 8).
+    """
+    x = x.astype(jnp.float32)
+    axes = tuple(range(1, x.ndim))
+    scale = jnp.abs(jax.lax.stop_gradient(x) - real).mean(axes, keepdims=True)
+    direction = jnp.nan_to_num((fake - real) / scale)
+    target = jax.lax.stop_gradient(x - direction)
+    return 0.5 * jnp.square(x - target).mean(), jnp.abs(direction).mean()

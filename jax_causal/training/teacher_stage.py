@@ -1,0 +1,120 @@
+"""Stage two: the bidirectional teacher and its text encoder, by flow matching on whole clips.
+
+Clips are encoded once and kept on the device. Loss: mean squared error of the velocity (arXiv:2210.02747) at a noise
+level drawn evenly from the schedule's table, one in ten prompts left out so that guidance has something to lead away
+from. Beside it a linear probe reads what the prompt names from the text encoder's output: a much shorter way for words
+to get a meaning than through the pictures. The probe is not exported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jax_causal import flow, modules, transformer
+from jax_causal.config import ModelConfig
+from jax_causal.parallel import Parallel, SingleDevice
+from jax_causal.text import UMT5Encoder
+from jax_causal.training import data, diffusion, optim, previews, vocabulary
+from jax_causal.training.config import TrainConfig
+from jax_causal.training.stage import step_key
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Of the stage `teacher`.
+
+    Attributes:
+      num_clips: clips that are encoded before the first step.
+      wordings: captions of each.
+      encode_batch: clips encoded at a time.
+      drop_prompt: share of prompts left out.
+      probe_weight: of the probe's cross-entropy beside the velocity's error.
+    """
+
+    num_clips: int = 40_960
+    wordings: int = 4
+    encode_batch: int = 32
+    drop_prompt: float = 0.1
+    probe_weight: float = 0.05
+
+
+class TeacherStage:
+    """See the module's text, and `stage.Stage` for the methods."""
+
+    name = "teacher"
+
+    def __init__(
+        self, config: TrainConfig, model: ModelConfig, components: dict, parallel: Parallel | None = None
+    ):
+        self.config, self.options = config, config.stage_options(Options)
+        self.model, self.components = model, components
+        self.tokenizer = vocabulary.load(model)
+        self.parallel = parallel or SingleDevice()
+        self.optimizer = optim.optimizer(config)
+        self.setting = diffusion.Setting.create(model)
+
+    def init(self, key):
+        keys = jax.random.split(key, 3)
+        network = self.components.get("transformer") or diffusion.zero_velocity(
+            transformer.init(self.model.transformer, keys[0])
+        )
+        encoder = self.components.get("text_encoder") or modules.init(
+            UMT5Encoder, self.model.text_encoder, keys[1]
+        )
+        width = self.model.text_encoder.dim
+        probe = jax.random.normal(keys[2], (width, sum(data.LABELS.values()))) / width**0.5
+        params = {"transformer": network, "text_encoder": encoder, "probe": probe}
+        return {"params": params, "optimizer": self.optimizer.init(params), "ema": params}
+
+    def data(self):
+        return diffusion.encoded_clips(
+            self.model, self.components["vae"], self.tokenizer, self.parallel, self.options, self.config
+        )
+
+    def loss(self, params, key, clips: diffusion.Clips, batch: int):
+        """Scalar loss and metrics of `batch` clips drawn with `key`."""
+        params = optim.cast(params, self.config.dtype)
+        keys = jax.random.split(key, 5)
+        x0, ids, labels = diffusion.draw(keys[0], clips, batch)
+        dropped = jax.random.bernoulli(keys[1], self.options.drop_prompt, (batch, 1))
+        context = diffusion.encode_prompts(
+            self.model, params["text_encoder"], jnp.where(dropped, diffusion.null_prompt(self.tokenizer), ids)
+        )
+        named = jnp.where(dropped, data.UNNAMED, labels)
+        reading = diffusion.probe_loss(context, named, params["probe"])
+
+        t, sigma = diffusion.draw_times(keys[2], (batch, 1), self.model.sampler.shift)
+        noise = jax.random.normal(keys[3], x0.shape, x0.dtype)
+        x = flow.add_noise(x0, noise, sigma)
+        network = transformer.bind(self.model.transformer, params["transformer"])
+        v = network.forward(
+            x, t, network.embed_text(context), self.setting.frames, self.setting.grid, self.parallel
+        )
+        error = diffusion.velocity_error(v, noise, x0)
+        loss = error + self.options.probe_weight * reading
+        return loss, {"loss": loss, "velocity_error": error, "probe_loss": reading}
+
+    def update(self, state, step, clips):
+        key = step_key(self.config.seed, step)
+        grads, metrics = optim.accumulate(
+            lambda params, key: self.loss(
+                params, key, clips, self.config.batch_size // self.config.accumulate
+            ),
+            state["params"],
+            key,
+            self.config.accumulate,
+        )
+        return optim.step(self.optimizer, self.config, state, grads, step, metrics)
+
+    def sample(self, state):
+        components = self.export(state) | {"vae": self.components["vae"]}
+        return previews.whole_clips(self.model, components, self.tokenizer, self.parallel)
+
+    def export(self, state):
+        return {name: state["ema"][name] for name in ("transformer", "text_encoder")}
+
+    def trained_model(self, state) -> ModelConfig:
+        return dataclasses.replace(self.model, kind="bidirectional")

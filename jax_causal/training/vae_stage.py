@@ -1,0 +1,123 @@
+"""Stage one: the VAE, on short clips of the procedural world.
+
+Loss: mean absolute error of the reconstruction, plus a little of the Kullback-Leibler divergence of the posterior
+from a unit Gaussian, which keeps latents small and close latents alike (arXiv:1312.6114).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_causal import modules
+from jax_causal.config import ModelConfig, VAEConfig
+from jax_causal.parallel import Parallel, SingleDevice
+from jax_causal.training import data, optim
+from jax_causal.training.config import TrainConfig
+from jax_causal.training.stage import step_key
+from jax_causal.vae import VAE, to_uint8
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Of the stage `vae`.
+
+    Attributes:
+      num_frames: video frames of a clip, 1 + 4 k.
+      kl_weight: of the divergence, per latent value.
+      statistics_clips: clips that the latents' mean and standard deviation are taken over, once trained.
+    """
+
+    num_frames: int = 17
+    kl_weight: float = 1e-4
+    statistics_clips: int = 256
+
+
+class VAEStage:
+    """See the module's text, and `stage.Stage` for the methods."""
+
+    name = "vae"
+
+    def __init__(
+        self, config: TrainConfig, model: ModelConfig, components: dict, parallel: Parallel | None = None
+    ):
+        self.config, self.options = config, config.stage_options(Options)
+        # Latents are normalised by what this stage measures at its end; until then they are as they come.
+        plain = {"latents_mean": (0.0,) * model.vae.z_dim, "latents_std": (1.0,) * model.vae.z_dim}
+        self.vae: VAEConfig = dataclasses.replace(model.vae, **plain)
+        self.model, self.initial = model, components.get("vae")
+        self.parallel = parallel or SingleDevice()
+        self.optimizer = optim.optimizer(config)
+
+    def init(self, key):
+        params = self.initial or modules.init(VAE, self.vae, key)
+        return {"params": params, "optimizer": self.optimizer.init(params), "ema": params}
+
+    def data(self):
+        return None
+
+    def loss(self, params, key, batch: int):
+        """Scalar loss and metrics of `batch` fresh clips; computes in the configured dtype, reduces in fp32."""
+        clip_key, noise_key = jax.random.split(key)
+        video = data.clips(clip_key, batch, self.options.num_frames, self.model.height)
+        video = self.parallel.constrain(video, ("batch",))
+        vae = modules.bind(VAE, self.vae, optim.cast(params, self.config.dtype))
+        mean, log_variance, _ = vae.posterior(video, None, first=True)
+        mean, log_variance = mean.astype(jnp.float32), jnp.clip(log_variance.astype(jnp.float32), -30, 20)
+        noise = jax.random.normal(noise_key, mean.shape)
+        shown, _ = vae.decode(mean + jnp.exp(log_variance / 2) * noise, None, first=True)
+        error = jnp.abs(shown.astype(jnp.float32) - video).mean()
+        divergence = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance).mean()
+        loss = error + self.options.kl_weight * divergence
+        return loss, {"loss": loss, "error": error, "divergence": divergence}
+
+    def update(self, state, step, _):
+        key = step_key(self.config.seed, step)
+        grads, metrics = optim.accumulate(
+            lambda params, key: self.loss(params, key, self.config.batch_size // self.config.accumulate),
+            state["params"],
+            key,
+            self.config.accumulate,
+        )
+        return optim.step(self.optimizer, self.config, state, grads, step, metrics)
+
+    def sample(self, state):
+        """Clips above what the decoder makes of them, uint8 [4, T, 2 H, W, 3]."""
+        return np.asarray(_reconstruct(self.vae, state["ema"], self.options.num_frames, self.model.height))
+
+    def export(self, state):
+        return {"vae": state["ema"]}
+
+    def trained_model(self, state) -> ModelConfig:
+        """The model with the latents' statistics measured on whole clips of the trained encoder."""
+        batch = data.scenes(jax.random.key(self.config.seed + 1), self.options.statistics_clips)
+        tokens = data.encode_scenes(
+            self.vae,
+            state["ema"],
+            batch,
+            SingleDevice(),
+            num_frames=self.model.num_frames,
+            size=self.model.height,
+            patch=1,
+            chunk=min(32, self.options.statistics_clips),
+        )
+        values = np.asarray(tokens, np.float64).reshape(-1, self.vae.z_dim)
+        mean, std = (tuple(float(f"{x:.4f}") for x in f(values, axis=0)) for f in (np.mean, np.std))
+        return dataclasses.replace(
+            self.model, vae=dataclasses.replace(self.vae, latents_mean=mean, latents_std=std)
+        )
+
+
+def _reconstruct(config: VAEConfig, params, num_frames: int, size: int):
+    video = data.clips(jax.random.key(7), 4, num_frames, size)
+
+    @jax.jit
+    def run(params):
+        vae = modules.bind(VAE, config, params)
+        latents, _ = vae.encode(video, None, first=True)
+        return vae.decode(latents, None, first=True)[0]
+
+    return jnp.concatenate([to_uint8(video), to_uint8(run(params))], axis=2)
