@@ -82,6 +82,35 @@ checkpoints. Ctrl-C saves another one before it ends. A run that is resumed ends
 with the same bits as one that was never interrupted.
 """
 
+_EVAL = """\
+examples:
+  jax-causal eval --model tiny
+  jax-causal eval --model FOLDER --teacher TEACHER --variants all --json scores.json --sheet clips.png
+  jax-causal eval --model FOLDER --variants model,gather,ring --precision float32 --limit 16
+  jax-causal eval --model FOLDER --vbench OUT --prompts prompts_per_dimension/scene.txt
+
+A model of the procedural world is scored by an oracle on fixed prompts and
+seeds; the first variant is the one that the others are compared with.
+variants:
+  model              as the options say
+  single             on one device
+  gather, ulysses, ring, hybrid    on --devices devices (8)
+  float32, bfloat16  in this precision
+  windowed           --window latent frames (12), --sink of them kept (a block)
+  teacher            the model of --teacher, in many steps with guidance
+  vae, truth         rendered clips with and without the model's VAE between
+  all                all of these that there are weights and devices for
+-Nx after a name makes clips N times as long, scored in N windows:
+windowed-4x shows drift.
+
+sets of prompts: held-out, seen (combinations never and ever trained on),
+held-out-pairs, seen-pairs (two objects).
+
+For models of the real world, --vbench makes the videos that VBench wants:
+--seeds of each prompt (5, for temporal_flickering 25) in OUT/SUITE. The same
+command continues after an interruption.
+"""
+
 _BAD_INPUT = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 
 
@@ -179,6 +208,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     _train_arguments(train)
     train.set_defaults(run=_train)
+    evaluate = verbs.add_parser(
+        "eval",
+        help="score a model, or make videos for VBench",
+        description="Scores a model of the procedural world, or makes the videos that VBench scores.",
+        epilog=_EVAL,
+    )
+    _eval_arguments(evaluate)
+    evaluate.set_defaults(run=_eval, image=None, video=None)
     convert = verbs.add_parser(
         "convert",
         help="make a model folder from PyTorch weights",
@@ -313,6 +350,40 @@ def _training_parallel(config):
     return SequenceParallel(
         config.mesh.size, config.strategy, data=config.mesh.data, shard_params=config.shard_params
     )
+
+
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what to score")
+    group.add_argument("--variants", metavar="LIST", type=_names, default=["model"], help="see below (model)")
+    group.add_argument("--sets", metavar="LIST", type=_names, help="of prompts (CPU: held-out; else all)")
+    group.add_argument("--limit", metavar="N", type=_whole(1), help="prompts of each set (CPU: 32; else 128)")
+    group.add_argument("--seeds", metavar="N", type=_whole(1), help="clips of each prompt (CPU: 1; else 8)")
+    group.add_argument("--batch", metavar="N", type=_whole(1), help="clips made at once (CPU: 4; else 32)")
+    group.add_argument(
+        "--sheet", metavar="FILE.png", type=Path, help="write a contact sheet of the first variant"
+    )
+    group.add_argument("--teacher", metavar="FOLDER", type=Path, help="many-step model to compare with")
+    group.add_argument("--steps", metavar="N", type=_whole(1, 1000), default=50, help="of the teacher (50)")
+    group.add_argument("--guidance", metavar="X", type=float, default=3.0, help="of the teacher (3)")
+    group = parser.add_argument_group("VBench")
+    group.add_argument("--vbench", metavar="OUT", type=Path, help="folder for the videos")
+    group.add_argument("--prompts", metavar="FILE", type=Path, help="suite of prompts, one per line")
+    group.add_argument(
+        "--extended", metavar="FILE", type=Path, help="longer wordings for the model, line by line"
+    )
+    group.add_argument("--overwrite", action="store_true", help="make all videos anew")
+    _size_arguments(parser)
+    _model_arguments(parser)
+
+
+def _eval(args: argparse.Namespace) -> None:
+    if not args.devices and {"gather", "ulysses", "ring", "hybrid", "all"} & {
+        v.split("-")[0] for v in args.variants
+    }:
+        environment.apply(devices=8)
+    from jax_causal import eval_command
+
+    eval_command.run(args, _parallel(args))
 
 
 def _explain_sharding(args: argparse.Namespace) -> None:

@@ -29,7 +29,7 @@ def find_model(name_or_folder: str | Path) -> tuple[ModelConfig, Path | None]:
                 f"{checkpoint.SOURCES['transformer']} FOLDER` and load the folder, or try the size with random "
                 f"weights: --preset {name}, in Python Pipeline.random({name!r})"
             )
-    config = _read_config(folder, name)
+    config = read_config(folder, name)
     check_kind(config)
     for component in ("transformer", "vae"):
         if component in checkpoint.missing(folder):
@@ -37,7 +37,8 @@ def find_model(name_or_folder: str | Path) -> tuple[ModelConfig, Path | None]:
     return config, folder
 
 
-def _read_config(folder: Path, name: str) -> ModelConfig:
+def read_config(folder: Path, name: str) -> ModelConfig:
+    """The configuration of a model folder of any kind; `name` is what the user called it."""
     if not folder.is_dir():
         if name.count("/") == 1 and not name.startswith((".", "/")):
             raise FileNotFoundError(

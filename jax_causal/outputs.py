@@ -11,7 +11,7 @@ RECORD = "prompts.json"
 
 
 class VideoFolder:
-    """A folder with one numbered video per prompt, and a record of what they are made from.
+    """A folder with one video per prompt, and a record of what they are made from.
 
     A video that is there is finished, because videos are written atomically: a run over the folder makes those that
     are not. Making one of these only looks; `begin` changes things.
@@ -21,25 +21,38 @@ class VideoFolder:
       prompts: one per video.
       settings: whatever else the videos depend on, JSON values by name.
       overwrite: make all videos anew.
+      names: of the files, one per prompt; None numbers them.
+      record: where the record goes; None is into the folder.
 
     Raises:
       FileExistsError: the folder's videos were made from something else; the message says what differs.
       OSError: the folder cannot be made or written to.
     """
 
-    def __init__(self, folder: Path, prompts: Sequence[str], settings: dict, *, overwrite: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        prompts: Sequence[str],
+        settings: dict,
+        *,
+        overwrite: bool = False,
+        names: Sequence[str] | None = None,
+        record: Path | None = None,
+    ):
         if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"{folder} is a file: with --prompts, --out names a folder")
+            raise NotADirectoryError(f"{folder} is a file, and the videos need a folder: choose another name")
         check_folder(folder if folder.exists() else folder.parent)
         self.folder, self.overwrite = folder, overwrite
+        self.record = record or folder / RECORD
         self._record = {"settings": settings, "prompts": list(prompts)}
+        if names is not None:
+            self._record["names"] = list(names)
         if not overwrite:
             self._check()
 
     def unfinished(self) -> list[tuple[Path, str]]:
         """(path, prompt) of the videos to make."""
-        prompts = self._record["prompts"]
-        videos = zip(self._paths(len(prompts)), prompts, strict=True)
+        videos = zip(self._paths(self._record), self._record["prompts"], strict=True)
         return [(path, prompt) for path, prompt in videos if self.overwrite or not path.exists()]
 
     def begin(self) -> None:
@@ -47,18 +60,17 @@ class VideoFolder:
         leave a mixture of old and new that looks like a half-finished run."""
         self.folder.mkdir(exist_ok=True)
         if self.overwrite:
-            old = self._read() or self._record
-            for path in self._paths(max(len(old["prompts"]), len(self._record["prompts"]))):
+            for path in self._paths(self._read() or self._record) + self._paths(self._record):
                 path.unlink(missing_ok=True)
-        new = self.folder / f".{RECORD}.new"
+        new = self.record.with_name(f".{self.record.name}.new")
         new.write_text(json.dumps(self._record, indent=2) + "\n", encoding="utf-8")
-        new.replace(self.folder / RECORD)
+        new.replace(self.record)
 
     def _check(self):
         old = self._read()
         if old is None:
-            existing = [path for path in self._paths(len(self._record["prompts"])) if path.exists()]
-            problem = f"{existing[0]} exists, and no {RECORD} says what from" if existing else None
+            existing = [path for path in self._paths(self._record) if path.exists()]
+            problem = f"{existing[0]} exists, and no {self.record.name} says what from" if existing else None
         else:
             differences = _differences(old, self._record)
             problem = differences and f"{self.folder} was made from other input: {'; '.join(differences)}"
@@ -68,17 +80,18 @@ class VideoFolder:
             )
 
     def _read(self) -> dict | None:
-        path = self.folder / RECORD
-        if not path.exists():
+        if not self.record.exists():
             return None
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            return {"settings": dict(record["settings"]), "prompts": list(record["prompts"])}
+            record = json.loads(self.record.read_text(encoding="utf-8"))
+            names = {"names": list(record["names"])} if "names" in record else {}
+            return {"settings": dict(record["settings"]), "prompts": list(record["prompts"])} | names
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path} is damaged: choose another folder, or delete it") from None
+            raise ValueError(f"{self.record} is damaged: choose another folder, or delete it") from None
 
-    def _paths(self, count: int) -> list[Path]:
-        return [self.folder / f"{number:04d}.mp4" for number in range(1, count + 1)]
+    def _paths(self, record: dict) -> list[Path]:
+        numbered = [f"{number:04d}.mp4" for number in range(1, len(record["prompts"]) + 1)]
+        return [self.folder / name for name in record.get("names", numbered)]
 
 
 def _differences(old: dict, new: dict) -> list[str]:

@@ -120,17 +120,8 @@ class Pipeline:
                 stacklevel=2,
             )
             return cls.random(config, dtype=dtype, parallel=parallel, window=window, sink=sink)
-        dtype, missing = jnp.dtype(dtype), checkpoint.missing(folder)
         parallel = (parallel or SingleDevice()).for_model(config)
-        tokenizer = None
-        if "text_encoder" not in missing and config.tokenizer is not None:
-            length = config.text_encoder.max_length
-            tokenizer = load_tokenizer(config.tokenizer, folder / "tokenizer", length)
-        params = {
-            component: checkpoint.restore(folder / component, _abstract(config, component, dtype, parallel))
-            for component in COMPONENTS
-            if component not in missing
-        }
+        params, tokenizer = restore(config, folder, jnp.dtype(dtype), parallel)
         return cls(config, params, tokenizer, parallel=parallel, window=window, sink=sink, folder=folder)
 
     @classmethod
@@ -386,6 +377,21 @@ class _Phases:
             jax.block_until_ready(result)
             self.report(phase, time.perf_counter() - self.began)
             self.start()
+
+
+def restore(config: ModelConfig, folder: Path, dtype, parallel: Parallel) -> tuple[dict, Tokenizer | None]:
+    """Parameters of the components that a model folder has, and its tokenizer, if it has a text encoder."""
+    missing = checkpoint.missing(folder)
+    tokenizer = None
+    if "text_encoder" not in missing and config.tokenizer is not None:
+        length = config.text_encoder.max_length
+        tokenizer = load_tokenizer(config.tokenizer, folder / "tokenizer", length)
+    params = {
+        component: checkpoint.restore(folder / component, _abstract(config, component, dtype, parallel))
+        for component in COMPONENTS
+        if component not in missing
+    }
+    return params, tokenizer
 
 
 def _abstract(config: ModelConfig, component: str, dtype, parallel: Parallel):

@@ -65,8 +65,7 @@ class Video:
                 writer.write(self.frames)
         elif _NUMBERED.fullmatch(path.name):
             for i, frame in enumerate(self.frames):
-                with _atomic_write(path.with_name(path.name % i)) as file:
-                    Image.fromarray(frame).save(file, format="png")
+                write_png(path.with_name(path.name % i), frame)
         else:
             with _atomic_write(path) as file:
                 _WHOLE[path.suffix](file, self)
@@ -226,6 +225,12 @@ def contact_sheet(frames: np.ndarray, limit: int = 24, columns: int = 6) -> np.n
     cells = np.zeros((rows * columns, *frames.shape[1:]), np.uint8)
     cells[: len(picks)] = frames[picks]
     return rearrange(cells, "(r c) h w rgb -> (r h) (c w) rgb", c=columns)
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """Writes uint8 [H, W, 3] as one png, whole or not at all."""
+    with _atomic_write(path) as file:
+        Image.fromarray(image).save(file, format="png")
 
 
 _ENCODERS = {".mp4": _mp4, ".gif": _gif}
