@@ -142,7 +142,7 @@ def _changes(base: str, args: argparse.Namespace, job: Job) -> dict:
 
 def parse_variant(name: str) -> tuple[str, int]:
     """(base, how many times as long as a clip): "windowed-4x" -> ("windowed", 4). Raises ValueError."""
-    base, times = re.fullmatch(r"(.+?)(?:-([1-9]\d?)x)?", name).groups()
+    base, times = re.fullmatch(r"(.*?)(?:-([1-9]\d?)x)?", name).groups()
     if base not in NAMES or (times and base in ("teacher", "vae")):
         raise ValueError(
             f"unknown variant {name!r}; choose from {', '.join(NAMES)}, all; longer: windowed-4x"

@@ -5,8 +5,8 @@ The record, beside facts about the run:
   scores       {variant, set, window, attribute, value, low, high, prompts, clips}
   differences  {kind, of, to, set, attribute, value, low, high}: kind "variant" compares variants on the same prompts
                and seeds, "split" unseen with seen combinations, "drift" the last window of a long clip with its first
-  frames       {variant, to, set, clips, max_difference, share_differing}: of levels 0 to 255; a value differs where
-               it does so by more than 1, to which rounding may come
+  frame_differences  {variant, to, set, clips, max_difference, share_differing}: of levels 0 to 255; a value differs
+               where it does so by more than 1, to which rounding may come
   clips        {variant, set, window, index, seed, prompt, and a bool for every attribute}
 
 Shares are of 1, with 95 % intervals.
@@ -32,7 +32,7 @@ _SHOWN = ("background", "color", "shape", "motion")  # what a contact sheet tell
 
 def record(outcomes: Sequence[Outcomes]) -> dict:
     """All that is known of `outcomes`, as JSON values. The first variant is the one that others are compared with."""
-    found = {"scores": [], "differences": [], "frames": [], "clips": []}
+    found = {"scores": [], "differences": [], "frame_differences": [], "clips": []}
     by_name = {(o.variant, o.set): o for o in outcomes}
     first = outcomes[0].variant
     for o in outcomes:
@@ -42,7 +42,7 @@ def record(outcomes: Sequence[Outcomes]) -> dict:
         reference = by_name.get((first, o.set))
         if o.variant != first and reference is not None:
             found["differences"] += _paired(o, reference)
-            found["frames"] += _frames(o, reference)
+            found["frame_differences"] += _frames(o, reference)
         if len(o.right) > 1:
             found["differences"] += _drift(o)
     for unseen, seen in _SPLITS:
@@ -138,7 +138,7 @@ def sections(found: dict) -> list:
             Text("\ndifferences in points, 95 % interval", "bold"),
             _difference_table(found["differences"]),
         ]
-    for row in found["frames"]:
+    for row in found["frame_differences"]:
         parts.append(
             f"{row['variant']} and {row['to']}, frames of {row['clips']} clips of {row['set']}: at most "
             f"{row['max_difference']} of 255 levels apart, {100 * row['share_differing']:.3f} % by more than 1"

@@ -18,6 +18,7 @@ _BACKGROUNDS = np.asarray(list(world.BACKGROUNDS.values()), np.float32)
 _COLORS = np.asarray(list(world.COLORS.values()), np.float32)
 _FEWEST = 0.004  # share of a frame below which an object is not visible
 _FAR = 90.0  # RGB distance to the nearest palette entry beyond which a color has no name
+_NEAR = 70.0  # the same for a pixel and the nearest mixture of a color with the background
 _LIKE = 0.6  # intersection over union below which a shape has no name
 _JUMP = 0.08  # sides per frame; the fastest object moves 0.032
 
@@ -44,17 +45,18 @@ def _background(frames: np.ndarray) -> tuple[str, np.ndarray]:
 
 def _object_colors(frames: np.ndarray, background: np.ndarray) -> list[int]:
     """Indices of the one or two object colors, the most seen first; empty if there is no object."""
-    away = np.linalg.norm(frames - background, axis=-1)
-    mask = away > 60
-    # Edges are mixtures that look like other colors: only pixels well inside count.
-    core = ndimage.binary_erosion(mask, np.ones((1, 3, 3)), iterations=2)
-    if core.sum() < 30:
-        core = ndimage.binary_erosion(mask, np.ones((1, 3, 3)))
+    mask = np.linalg.norm(frames - background, axis=-1) > 60
+    core = ndimage.binary_erosion(mask, np.ones((1, 3, 3)))
     if core.sum() < 30:
         return []
     pixels = frames[core]
-    distance = np.stack([np.linalg.norm(pixels - c, axis=-1) for c in _COLORS])
-    nearest = np.where(distance.min(0) < _FAR, distance.argmin(0), len(_COLORS))
+    # Edges and fading objects are mixtures with the background, which may look like other colors: a pixel is compared
+    # with what is mostly ink on the way from the background to each.
+    lines = _COLORS - background
+    shares = (pixels - background) @ lines.T / np.square(lines).sum(-1)
+    mixed = np.clip(shares, 0.6, 1)[..., None] * lines + background
+    distance = np.linalg.norm(pixels[:, None] - mixed, axis=-1).T
+    nearest = np.where(distance.min(0) < _NEAR, distance.argmin(0), len(_COLORS))
     votes = np.zeros((len(frames), len(_COLORS) + 1), np.int64)
     np.add.at(votes, (np.nonzero(core)[0], nearest), 1)
     votes = votes[:, : len(_COLORS)]
@@ -133,8 +135,10 @@ def _is_smooth(frames: np.ndarray, background: np.ndarray, tracks: list[oracle_m
         step = (np.diff(track.position, axis=0) + 0.5) % 1 - 0.5
         if (np.linalg.norm(step, axis=-1)[both] > _JUMP).any():
             return False
-        # An object fades within a few frames, during which its area is not meant.
-        steady = both & (ndimage.minimum_filter1d(track.visible.astype(int), 7)[1:] == 1)
+        # An object fades within a few frames, during which its area is not meant; it may be fading where a clip begins.
+        steady = both
+        if not track.visible.all():
+            steady = both & (ndimage.minimum_filter1d(track.visible.astype(int), 7, mode="constant")[1:] == 1)
         change = np.abs(np.diff(np.log(np.maximum(track.area, 1e-6))))
         if (change[steady] > 0.4).any():
             return False

@@ -12,6 +12,7 @@ from scipy import ndimage
 
 UNKNOWN = "unknown"
 _MOVING = 0.06  # extent of a path, in sides, below which an object stands
+_STAIRS = 0.3  # radians that a heading strays from turning evenly; four corners a turn give 0.45, a circle 0
 _STEP = 0.004  # sides per frame above which an object is on the move
 
 
@@ -48,12 +49,19 @@ def _heading(net: np.ndarray) -> str:
 
 
 def _circles(path: np.ndarray) -> bool:
-    """Whether the path goes round the middle of the frame at a steady distance, more than a third of a turn."""
+    """Whether the path goes round the middle of the frame at a steady distance, more than a third of a turn, and
+    bends steadily: a bounce off all four borders is a diamond round the middle."""
     arm = path - path[0] + (path[0] % 1) - 0.5
     radius = np.hypot(*arm.T)
     angle = np.unwrap(np.arctan2(arm[:, 1], arm[:, 0]))
     steady = radius.std() < 0.15 * radius.mean() and radius.mean() > 0.1
-    return bool(steady and abs(angle[-1] - angle[0]) > max(2.0, 0.85 * np.abs(np.diff(angle)).sum()))
+    round_ = steady and abs(angle[-1] - angle[0]) > max(2.0, 0.85 * np.abs(np.diff(angle)).sum())
+    if not round_:
+        return False
+    steps = path[5:] - path[:-5]
+    heading = np.unwrap(np.arctan2(steps[:, 1], steps[:, 0]))
+    time = np.arange(len(heading))
+    return bool((heading - np.polyval(np.polyfit(time, heading, 1), time)).std() < _STAIRS)
 
 
 def _bounces(path: np.ndarray) -> bool:

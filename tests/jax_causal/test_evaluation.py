@@ -21,7 +21,8 @@ from jax_causal import (
 )
 from jax_causal.config import SamplerConfig, VAEConfig
 from jax_causal.evaluation import ATTRIBUTES, SETS, Outcomes, Variant
-from jax_causal.pipeline import encode_text
+from jax_causal.pipeline import COMPONENTS, encode_text
+from jax_causal.tokenizer import load_tokenizer
 from jax_causal.training import captions, world
 from jax_causal.vae import VAE, to_uint8
 from tests.jax_causal.evaluation_stubs import CONFIG, SIZE, Stub
@@ -212,7 +213,7 @@ def test_frames_are_compared(asked):
             _outcomes("ring", asked[:2], 1, clips=[near, far]),
         ]
     )
-    (row,) = found["frames"]
+    (row,) = found["frame_differences"]
     assert (row["variant"], row["to"], row["clips"]) == ("ring", "model", 2)
     assert row["max_difference"] == 10
     assert row["share_differing"] == pytest.approx(1 / (2 * base.size))
@@ -243,7 +244,15 @@ def test_many_step_model_and_reconstruction():
         width=16,
         num_frames=13,
     )
-    pipe = Pipeline.random(config, dtype="float32")
+    rng = np.random.default_rng(0)
+    params = {
+        component: jax.tree.map(
+            lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32),
+            modules.abstract(module, getattr(config, component)),
+        )
+        for component, module in COMPONENTS.items()
+    }
+    pipe = Pipeline(config, params, load_tokenizer(config.tokenizer, None, 64))
     asked = [dataclasses.replace(p, text=p.text[:40]) for p in evaluation.prompts("all", 2, 1)]
     vae = modules.bind(VAE, config.vae, pipe.params["vae"])
     decode = jax.jit(lambda latents: to_uint8(vae.decode(latents, None, first=True)[0]))
