@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import jax
 
 from jax_causal import evaluation, evaluation_models, evaluation_report, vbench
-from jax_causal.console import Display, note, report
+from jax_causal.console import Display, note, report, warn
 from jax_causal.evaluation import SETS, Variant
 from jax_causal.evaluation_models import ManyStep
 from jax_causal.generate import Job
@@ -25,6 +25,7 @@ from jax_causal.video import VideoWriter, check_output
 STRATEGIES = ("gather", "ulysses", "ring", "hybrid")
 PRECISIONS = ("float32", "bfloat16")
 NAMES = ("model", "single", *STRATEGIES, *PRECISIONS, "windowed", "teacher", "vae", "truth")
+SAME_MODEL = ("model", "single", *STRATEGIES, *PRECISIONS)  # whose frames should be the same
 WINDOW = 12  # latent frames that "windowed" attends to
 DEVICES = 8  # of the strategies
 SHEET_ROWS = 24
@@ -61,6 +62,8 @@ def score(args: argparse.Namespace, parallel: Parallel) -> None:
             raise ValueError(f"--sheet {args.sheet} must end in .png")
         check_output(args.sheet, overwrite=True)
 
+    if job.folder is None:
+        warn(f"{job.config.name} has random, untrained weights: its clips show noise, not the prompts")
     asked = {name: evaluation.prompts(split, limit, objects) for name, (split, objects) in sets.items()}
     clips = limit * seeds * len(sets) * len(names)
     workers = min(os.cpu_count() or 1, 32) if clips >= _MANY else 1
@@ -68,11 +71,12 @@ def score(args: argparse.Namespace, parallel: Parallel) -> None:
     with evaluation.scoring(workers) as executor:
         for name in names:
             variant = load(name, args, job)
+            keep = SHEET_ROWS if name == names[0] or parse_variant(name)[0] in SAME_MODEL else 0
             for set_name, prompts in asked.items():
                 outcomes.append(
                     evaluation.evaluate(
                         variant, set_name, prompts, seeds=seeds, batch=batch, executor=executor,
-                        keep=SHEET_ROWS, progress=_progress(f"{name} on {set_name}"),
+                        keep=keep, progress=_progress(f"{name} on {set_name}"),
                     )
                 )  # fmt: skip
     facts = job.facts() | {

@@ -3,8 +3,9 @@
 The record, beside facts about the run:
 
   scores       {variant, set, window, attribute, value, low, high, prompts, clips}
-  differences  {kind, of, to, set, attribute, value, low, high}: kind "variant" compares variants on the same prompts
-               and seeds, "split" unseen with seen combinations, "drift" the last window of a long clip with its first
+  differences  {kind, variant, to, set, attribute, value, low, high}: kind "variant" compares with the first variant on
+               the same prompts and seeds, "split" unseen with seen combinations, "drift" the last window of long clips
+               with their first
   frame_differences  {variant, to, set, clips, max_difference, share_differing}: of levels 0 to 255; a value differs
                where it does so by more than 1, to which rounding may come
   clips        {variant, set, window, index, seed, prompt, and a bool for every attribute}
@@ -52,8 +53,8 @@ def record(outcomes: Sequence[Outcomes]) -> dict:
                 found["differences"] += _rows(
                     {
                         "kind": "split",
-                        "of": f"{variant}, {unseen}",
-                        "to": f"{variant}, {seen}",
+                        "variant": variant,
+                        "to": seen,
                         "set": unseen,
                     },
                     lambda a, pair=pair: statistics.difference(*(o.of(a) for o in pair)),
@@ -83,18 +84,18 @@ def _clips(o: Outcomes, window: int) -> list[dict]:
 
 def _paired(o: Outcomes, reference: Outcomes) -> list[dict]:
     """Of the prompts that both were asked for; long clips count by their first window."""
-    where = {p.index: i for i, p in enumerate(reference.prompts)}
-    rows = [where[p.index] for p in o.prompts if p.index in where]
-    facts = {"kind": "variant", "of": o.variant, "to": reference.variant, "set": o.set}
-    return _rows(facts, lambda a: statistics.paired_difference(o.of(a), reference.of(a)[rows]))
+    both = {p.index for p in o.prompts} & {p.index for p in reference.prompts}
+    rows, others = ([i for i, p in enumerate(x.prompts) if p.index in both] for x in (o, reference))
+    facts = {"kind": "variant", "variant": o.variant, "to": reference.variant, "set": o.set}
+    return _rows(facts, lambda a: statistics.paired_difference(o.of(a)[rows], reference.of(a)[others]))
 
 
 def _drift(o: Outcomes) -> list[dict]:
     last = len(o.right) - 1
     facts = {
         "kind": "drift",
-        "of": f"{o.variant}, window {last}",
-        "to": f"{o.variant}, window 0",
+        "variant": f"{o.variant}, window {last}",
+        "to": "window 0",
         "set": o.set,
     }
     return _rows(facts, lambda a: statistics.paired_difference(o.of(a, last), o.of(a)))
@@ -126,18 +127,18 @@ def _frames(o: Outcomes, reference: Outcomes) -> list[dict]:
 
 
 def sections(found: dict) -> list:
-    """What rich shows of a record: a table of scores for every set, then comparisons."""
+    """What rich shows of a record: for every set a table of scores, and one of comparisons."""
     parts = []
     for name in dict.fromkeys(row["set"] for row in found["scores"]):
         parts += [
             Text(f"\n{name}: share right in %, 95 % interval", "bold"),
             _score_table(found["scores"], name),
         ]
-    if found["differences"]:
-        parts += [
-            Text("\ndifferences in points, 95 % interval", "bold"),
-            _difference_table(found["differences"]),
-        ]
+        if rows := [row for row in found["differences"] if row["set"] == name]:
+            parts += [
+                Text(f"\n{name}: differences in points, 95 % interval", "bold"),
+                _difference_table(rows),
+            ]
     for row in found["frame_differences"]:
         parts.append(
             f"{row['variant']} and {row['to']}, frames of {row['clips']} clips of {row['set']}: at most "
@@ -149,7 +150,7 @@ def sections(found: dict) -> list:
 def _table(*headings: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for heading in headings:
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=True)
     for attribute in ATTRIBUTES:
         table.add_column(attribute, justify="right", no_wrap=True)
     return table
@@ -175,12 +176,10 @@ def _difference_table(rows: Sequence[dict]) -> Table:
     table = _table("")
     cells = {}
     for row in rows:
-        shown_set = "" if row["kind"] == "split" else f" ({row['set']})"
-        cells.setdefault(f"{row['of']} - {row['to']}{shown_set}", []).append(row)
+        cells.setdefault(f"{row['variant']} - {row['to']}", []).append(row)
     for title, group in cells.items():
         points = [
-            f"{100 * r['value']:+.1f} {100 * r['low']:+.0f}{100 * r['high']:+.0f}".replace("+0.0", "0.0")
-            for r in _ordered(group)
+            f"{100 * r['value']:+.1f} {100 * r['low']:+.0f}..{100 * r['high']:+.0f}" for r in _ordered(group)
         ]
         table.add_row(title, *points)
     return table

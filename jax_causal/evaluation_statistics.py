@@ -56,7 +56,8 @@ def paired_difference(outcomes: np.ndarray, reference: np.ndarray) -> Estimate:
     middle = differences.sum() / count
     variance = (np.square(differences).sum() + 1) / count - middle**2
     half = Z * np.sqrt(variance / count)
-    return Estimate(float(differences.mean()), float(middle - half), float(middle + half))
+    low, high = np.clip([middle - half, middle + half], -1, 1)
+    return Estimate(float(differences.mean()), float(low), float(high))
 
 
 def difference(outcomes: np.ndarray, reference: np.ndarray) -> Estimate:

@@ -188,8 +188,11 @@ def test_pairs_are_of_the_same_prompts(asked):
     second = _outcomes("windowed-2x", asked[1:6:2], [0, 0, 1])
     found = evaluation_report.record([first, second])
     (row,) = (r for r in found["differences"] if r["attribute"] == "all")
-    assert (row["of"], row["to"], row["kind"]) == ("windowed-2x", "model", "variant")
+    assert (row["variant"], row["to"], row["kind"]) == ("windowed-2x", "model", "variant")
     assert row["value"] == pytest.approx(1 / 3)
+    found = evaluation_report.record([second, first])
+    (row,) = (r for r in found["differences"] if r["attribute"] == "all")
+    assert row["value"] == pytest.approx(-1 / 3)
     (row,) = (r for r in found["scores"] if r["variant"] == "model" and r["attribute"] == "all")
     assert (row["value"], row["prompts"], row["clips"]) == (0.5, 6, 6)
 

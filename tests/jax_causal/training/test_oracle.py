@@ -120,3 +120,81 @@ def test_swapped_roles_are_wrong():
 def test_bad_frames():
     with pytest.raises(ValueError, match="uint8"):
         oracle.read(np.zeros((81, 96, 96, 3), np.float32))
+
+
+# What was read wrongly once. A scene is drawn as told, whatever `world.sample` would choose.
+
+
+def scene(motion, *things, background="black", **numbers):
+    """uint8 frames and attributes of (color, shape, size) things."""
+    first, second = (things[0], things[-1])
+    values = {
+        "start": (0.5, 0.5),
+        "speed": 0.3,
+        "heading": 0.0,
+        "turn": 1.0,
+        "period": 2.0,
+        "phase": 0.0,
+    } | numbers
+    drawn = world.Scene(
+        background=np.int32(list(world.BACKGROUNDS).index(background)),
+        motion=np.int32(world.MOTIONS.index(motion)),
+        color=np.asarray([list(world.COLORS).index(t[0]) for t in (first, second)]),
+        shape=np.asarray([world.SHAPES.index(t[1]) for t in (first, second)]),
+        size=np.asarray([list(world.SIZES).index(t[2]) for t in (first, second)]),
+        **{name: np.asarray(value, np.float32) for name, value in values.items()},
+    )
+    frames = (np.asarray(world.render(drawn, world.frame_times(81))) + 1) * 127.5
+    return frames, world.attributes(drawn)
+
+
+def test_a_bounce_off_all_borders_is_no_orbit():
+    """The path is a diamond round the middle, whose distance from it varies little."""
+    margin = 1.2 * world.SIZES["small"]
+    at = {"start": (margin, 0.5), "heading": np.pi / 4, "speed": 0.45}
+    frames, a = scene("bounce", ("green", "star", "small"), background="gray", **at)
+    assert oracle.read(to_uint8(frames)).motion == "bounce"
+    frames, a = scene("orbit", ("green", "star", "small"), background="gray", period=4.0)
+    assert oracle.score(to_uint8(frames), a)["all"]
+
+
+def test_thin_rings_count():
+    frames, a = scene(
+        "pass", ("pink", "ring", "small"), ("orange", "square", "medium"), background="beige", phase=0.5
+    )
+    assert oracle.score(to_uint8(frames), a)["all"]
+
+
+def test_soft_edges_are_not_another_color():
+    """Yellow fading into black passes near orange."""
+    frames, a = scene("right", ("yellow", "square", "medium"))
+    soft = 0.95 * ndimage.gaussian_filter(frames, (0.4, 1.2, 1.2, 0))
+    assert oracle.score(to_uint8(soft), a)["all"]
+
+
+def test_fading_where_a_clip_begins_is_smooth():
+    # A quarter of a period into the cycle the object is half visible and on its way in.
+    frames, a = scene("blink", ("pink", "circle", "small"), background="beige", phase=0.25)
+    assert oracle.score(to_uint8(frames), a)["smooth"]
+    assert oracle.score(to_uint8(frames), a)["all"]
+
+
+def test_swapped_captions_of_pairs_score_by_chance():
+    """As for one object; both colors, and the shape of each, have to agree."""
+    pairs = clips(24, 2, seed=5, size=64)
+    readings = [oracle.read(frames) for frames, _ in pairs]
+    agreed, expected = collections.Counter(), collections.Counter()
+    for i, reading in enumerate(readings):
+        for j, (_, a) in enumerate(pairs):
+            if i != j:
+                other = pairs[i][1]
+                expected["background"] += a.background == other.background
+                expected["color"] += {o.color for o in a.objects} == {o.color for o in other.objects}
+                for key in ("background", "color", "shape", "motion", "all"):
+                    agreed[key] += oracle.compare(reading, a)[key]
+    n = len(pairs) * (len(pairs) - 1)
+    for key in expected:
+        assert agreed[key] / n == pytest.approx(expected[key] / n, abs=0.02)
+    assert agreed["motion"] / n < 0.35  # four motions
+    assert agreed["shape"] / n < 0.1
+    assert agreed["all"] / n < 0.01
