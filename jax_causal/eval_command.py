@@ -159,6 +159,8 @@ def _variant_names(args: argparse.Namespace, job: Job) -> list[str]:
     if "all" in names:
         other = next(p for p in PRECISIONS if p != job.precision)
         names = ["model", "truth", "vae", other, "windowed", "model-4x", "windowed-4x"]
+        if job.parallel.num_devices > 1:
+            names.insert(0, "single")
         names += STRATEGIES if len(jax.devices()) >= (args.devices or DEVICES) else ()
         names += ["teacher"] if args.teacher else []
     for name in names:

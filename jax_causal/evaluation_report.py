@@ -94,8 +94,8 @@ def _drift(o: Outcomes) -> list[dict]:
     last = len(o.right) - 1
     facts = {
         "kind": "drift",
-        "variant": f"{o.variant}, window {last}",
-        "to": "window 0",
+        "variant": o.variant,
+        "to": "its window 0",
         "set": o.set,
     }
     return _rows(facts, lambda a: statistics.paired_difference(o.of(a, last), o.of(a)))
@@ -152,7 +152,7 @@ def _table(*headings: str) -> Table:
     for heading in headings:
         table.add_column(heading, no_wrap=True)
     for attribute in ATTRIBUTES:
-        table.add_column(attribute, justify="right", no_wrap=True)
+        table.add_column(attribute, justify="right")
     return table
 
 
@@ -179,7 +179,7 @@ def _difference_table(rows: Sequence[dict]) -> Table:
         cells.setdefault(f"{row['variant']} - {row['to']}", []).append(row)
     for title, group in cells.items():
         points = [
-            f"{100 * r['value']:+.1f} {100 * r['low']:+.0f}..{100 * r['high']:+.0f}" for r in _ordered(group)
+            f"{100 * r['value']:+.1f} {100 * r['low']:+.0f}{100 * r['high']:+.0f}" for r in _ordered(group)
         ]
         table.add_row(title, *points)
     return table
