@@ -157,8 +157,11 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         names = sorted(file.stem for file in CONFIGS.glob("*.json"))
         if str(source) not in names:
             near = difflib.get_close_matches(str(source), names, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise FileNotFoundError(f"there is no configuration {source}: {hint}Known are {', '.join(names)}")
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            known = ", ".join(names)
+            raise FileNotFoundError(
+                f"there is no configuration {source}{hint}: name a file, or one of {known}"
+            )
         path = CONFIGS / f"{source}.json"
     data = _parse(path.read_text(encoding="utf-8"), str(path))
     for override in overrides:
@@ -219,5 +222,5 @@ def _flat(data, prefix: str = "") -> dict:
     flat = {}
     for key, value in data.items():
         name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
