@@ -19,7 +19,7 @@ StageName = Literal["vae", "teacher", "causal", "distill"]
 CONFIGS = Path(__file__).parent / "configs"
 
 # What may change when a run is resumed, because the weights do not depend on it (on the devices only by rounding).
-FREE = ("checkpoint_every", "sample_every", "log_every", "mesh", "strategy", "shard_params")
+FREE = ("checkpoint_every", "sample_every", "log_every", "guard", "mesh", "strategy", "shard_params")
 
 T = TypeVar("T")
 
@@ -59,6 +59,8 @@ class TrainConfig:
       checkpoint_every, sample_every: updates between checkpoints and between sample videos; 0 for the end only, and
         for never.
       log_every: updates whose metrics are fetched together.
+      guard: keep the state before an update with a metric that is not finite, to save it. This takes memory for a
+        second copy of what is trained; without it such a run ends with its last checkpoint.
       mesh, strategy: devices and how those of a group share a frame, as in `sharding.SequenceParallel`.
       shard_params: shard weights and optimizer over all devices.
       options: of the stage, a JSON object as canonical text; see `stage_options`.
@@ -83,6 +85,7 @@ class TrainConfig:
     checkpoint_every: int = 0
     sample_every: int = 0
     log_every: int = 10
+    guard: bool = True
     mesh: MeshConfig = MeshConfig()
     strategy: str = "auto"
     shard_params: bool = False

@@ -34,7 +34,7 @@ _LAG = 2
 
 
 class NotFinite(ArithmeticError):
-    """A metric is NaN or infinite; the last good state was saved."""
+    """A metric is NaN or infinite; the message names the last good state."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def train(
       allow_changes: resume with another configuration than before.
 
     Raises:
-      NotFinite: a metric is NaN or infinite. The state before that update is saved.
+      NotFinite: a metric is NaN or infinite. With `config.guard` the state before that update is saved.
       FileExistsError: there are checkpoints and `resume` is not set, or `folder` is another model's.
       ValueError: the checkpoint is damaged, or of another configuration or stage.
       OSError: the disk is full; the checkpoints before are intact.
@@ -135,7 +135,9 @@ class _Run:
         with self.display.working("preparing data"):
             self.data = _placed_data(self.stage.data(), self.parallel)
         with self.display.working("compiling"):
-            self.names, update = checked_update(self.stage, self.abstract["state"], self.data)
+            self.names, update = checked_update(
+                self.stage, self.abstract["state"], self.data, guard=self.config.guard
+            )
             jitted = jax.jit(update, donate_argnums=0, out_shardings=(shardings, shardings["good"]))
             self.update = jitted.lower(self.carry, np.int32(0), self.data).compile()
         memory = self.update.memory_analysis()
@@ -184,14 +186,15 @@ class _Run:
         self.log.flush()
 
     def fail(self, step: int, bad: list[str], metrics: dict) -> None:
-        # The state has not changed since: see `checked_update`.
         self.pending.clear()
-        self.step = step
-        self.save()
+        self.log.flush()
+        if self.config.guard:  # the state has not changed since: see `checked_update`
+            self.step = step
+            self.save()
         told = ", ".join(f"{name} is {metrics[name]}" for name in bad)
         raise NotFinite(
-            f"update {step}: {told}. The state before it is saved in {self.saved}. A lower learning rate, a smaller "
-            "grad_clip or float32 may help: --resume --allow-changes --set learning_rate=..."
+            f"update {step}: {told}. The last good state is {self.saved or 'not saved: set checkpoint_every'}. A lower "
+            "learning rate, a smaller grad_clip or float32 may help: --resume --allow-changes --set learning_rate=..."
         )
 
     def save(self) -> None:
@@ -208,8 +211,8 @@ class _Run:
             )
 
 
-def checked_update(stage: Stage, state, data) -> tuple[list[str], Callable]:
-    """The names of the metrics, and an update that stops changing the state once a metric is not finite.
+def checked_update(stage: Stage, state, data, *, guard: bool) -> tuple[list[str], Callable]:
+    """The names of the metrics, and an update that with `guard` stops changing the state once a metric is not finite.
 
     Args:
       state, data: of the shapes that the stage has; `jax.ShapeDtypeStruct`s will do.
@@ -239,8 +242,9 @@ def checked_update(stage: Stage, state, data) -> tuple[list[str], Callable]:
         new, metrics = stage.update(carry["state"], step, data)
         values = jnp.stack([metrics[name].astype(jnp.float32) for name in names])
         good = carry["good"] & jnp.isfinite(values).all()
-        state = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, carry["state"])
-        return {"good": good, "state": state}, values
+        if guard:
+            new = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, carry["state"])
+        return {"good": good, "state": new}, values
 
     return names, update
 

@@ -4,6 +4,7 @@ import io
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -34,6 +35,37 @@ def test_on_a_terminal_progress_is_a_bar_that_goes_away():
     assert re.search(r"━ 5/13 frames  [\d.]+ fps  first [\d.]+ s", text)
     assert max(len(line.rstrip()) for line in re.split("[\r\n]", text)) <= 80
     assert codes.endswith("\x1b[2K")  # the line is erased
+
+
+def test_on_a_terminal_training_is_a_table_that_goes_away():
+    def show():
+        with console.Display().training("vae", 0, 200) as update:
+            for step in range(1, 201):
+                update(step, {"loss": 1 / step, "[b]norm": 2.0})
+
+    text, codes = _on_terminal(80, show)
+    assert "vae" in text
+    assert "200/200" in text
+    assert re.search(r"loss +0\.005 ", text)
+    assert re.search(r"\[b\]norm +2 ", text)
+    assert re.search(r"updates/s  0:00:00 left", text)
+    assert max(len(line.rstrip()) for line in re.split("[\r\n]", text)) <= 80
+    assert codes.endswith("\x1b[2K")  # the table is erased
+
+
+def test_without_a_terminal_training_is_a_line_now_and_then(capsys):
+    clock = iter(np.arange(0, 1000, 0.5))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(console, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+        with console.Display().training("vae", 100, 300) as update:
+            for step in range(101, 301):
+                update(step, {"loss": 2.5})
+        with console.Display(quiet=True).training("vae", 0, 1) as update:
+            update(1, {"loss": 2.5})
+    lines = capsys.readouterr().err.splitlines()
+    assert 5 < len(lines) < 40
+    assert re.fullmatch(r"vae 1\d\d/300  loss 2\.5  [\d.]+ updates/s  0:0\d:\d\d left", lines[0])
+    assert lines[-1].startswith("vae 300/300  loss 2.5")
 
 
 def test_brackets_and_colons_in_names_are_only_text():

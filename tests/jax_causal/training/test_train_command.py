@@ -148,7 +148,7 @@ def test_its_own_start(capsys):
 
 def test_a_loss_that_is_not_finite(capsys):
     assert run("--config", "toy.json", "--out", "a", "--set", "options.nan_at=7") == 1
-    assert "error: update 7: loss is nan. The state before it is saved in a/training/step_00000007" in (
+    assert "error: update 7: loss is nan. The last good state is a/training/step_00000007" in (
         capsys.readouterr().err
     )
 

@@ -274,6 +274,17 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path,
     assert_same_bits(final_state(tmp_path), final_state(whole))
 
 
+def test_without_guard_the_last_checkpoint_is_the_last_good_state(tmp_path):
+    settings = config(options={"nan_at": 22}, guard=False, log_every=100)
+    with pytest.raises(NotFinite, match=r"update 22: loss is nan\. .*step_00000020"):
+        run(tmp_path / "a", settings)
+    assert contents(tmp_path / "a") == ["config.json", "metrics.jsonl", "step_00000015", "step_00000020"]
+    assert len(metrics(tmp_path / "a")) == 23
+    with pytest.raises(NotFinite, match=r"not saved: set checkpoint_every"):
+        run(tmp_path / "b", config(options={"nan_at": 22}, guard=False, checkpoint_every=0))
+    assert checkpoints.latest(tmp_path / "b/training") is None
+
+
 def test_another_configuration(tmp_path, whole):
     shutil.copytree(whole, tmp_path / "a")
     settings = config(learning_rate=0.5, options={"noise": 1.0}, log_every=7)
