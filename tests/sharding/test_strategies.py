@@ -184,6 +184,26 @@ def test_more_devices_than_there_are(count):
 
 
 @pytest.mark.parametrize(
+    ("data", "asked", "shape"),
+    [
+        (2, "ring", {"data": 2, "seq": 4, "heads": 1}),
+        (2, "ulysses", {"data": 2, "seq": 1, "heads": 4}),  # 12 heads do not divide by all 8 devices
+        (4, "hybrid", {"data": 4, "seq": 1, "heads": 2}),
+        (8, "auto", {"data": 8, "seq": 1, "heads": 1}),
+    ],
+)
+def test_groups_of_devices_share_the_batch(data, asked, shape):
+    parallel = SequenceParallel(8, asked, data=data).for_model(WAN)
+    assert dict(parallel.mesh.shape) == shape
+    assert parallel.num_devices == 8
+
+
+def test_groups_are_equal():
+    with pytest.raises(ValueError, match="8 devices cannot be split into data=3 equal groups"):
+        SequenceParallel(8, data=3).for_model(WAN)
+
+
+@pytest.mark.parametrize(
     ("axes", "asked", "name"),
     [
         ({"data": 2, "seq": 4}, "auto", "ring"),

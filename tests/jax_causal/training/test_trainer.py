@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_causal import checkpoint
+from jax_causal import checkpoint, modules
 from jax_causal.config import ModelConfig, preset
+from jax_causal.text import UMT5Encoder
 from jax_causal.training import checkpoints, trainer
 from jax_causal.training.folder import Components, export, model_config, placed
 from jax_causal.training.stage import init_key, step_key
@@ -370,6 +371,17 @@ def test_arrays_that_init_closes_over_are_not_compiled_in(tmp_path):
     assert_same_bits(state["ema"]["kernel"], np.ones((8, 4)))
 
 
+def test_components_that_init_reads_are_arguments_too(tmp_path):
+    """Reading a checkpoint while `init` is traced gives values, not traces."""
+    tiny, parallel = preset("tiny"), ToyStage(config()).parallel
+    params = modules.init(UMT5Encoder, tiny.text_encoder, jax.random.key(0))
+    checkpoint.save(tmp_path / "text_encoder", params)
+    components = Components(tmp_path, tiny, parallel)
+    init, consts, _ = trainer._hoisted(lambda key: {"a": components["text_encoder"]}, jax.random.key(0))
+    assert len(consts) == len(jax.tree.leaves(params))
+    assert_same_bits(jax.jit(init)(consts, jax.random.key(0)), {"a": params})
+
+
 def test_keys_of_the_start_and_of_updates_differ():
     """A key splits into what folding in small numbers gives: the start must not share its key with the updates."""
     start = jax.random.key_data(jax.random.split(init_key(3), 8)).tolist()
@@ -484,9 +496,6 @@ def test_sizes_of_the_model(tmp_path):
 
 
 def test_components_are_read_when_asked_for(tmp_path):
-    from jax_causal import modules
-    from jax_causal.text import UMT5Encoder
-
     tiny, parallel = preset("tiny"), ToyStage(config()).parallel
     params = modules.init(UMT5Encoder, tiny.text_encoder, jax.random.key(0), dtype=jnp.bfloat16)
     checkpoint.save(tmp_path / "text_encoder", params)
