@@ -13,14 +13,14 @@ class MetricsLog:
 
     Args:
       path: its folder exists.
-      first: update that comes next. Lines from there on, and what was cut off by a kill, are dropped.
+      first: update that comes next. Lines from there on, and from one that a kill cut off, are dropped.
     """
 
     def __init__(self, path: Path, first: int):
         lines = []
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if not line.endswith("\n") or json.loads(line)["step"] >= first:
+                if not line.endswith("\n") or not _step(line) < first:
                     break
                 lines.append(line)
         new = path.with_name(f".{path.name}.new")
@@ -38,3 +38,11 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _step(line: str) -> float:
+    """The update of a line; infinite where it holds none."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -29,7 +29,7 @@ STAGES = {
 
 
 class Stage(Protocol):
-    """One objective. `name` and `num_steps` are those of the configuration."""
+    """One objective."""
 
     def init(self, key: jax.Array) -> State:
         """Everything that is trained or kept between updates: fp32 parameters, optimizer, averages. Pure; compiled by

@@ -1,6 +1,8 @@
 """The training loop: exact resume whatever ended a run, and what it says about input that it cannot use."""
 
+import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -20,6 +22,7 @@ from jax_causal.config import ModelConfig, preset
 from jax_causal.text import UMT5Encoder
 from jax_causal.training import checkpoints, trainer
 from jax_causal.training.folder import Components, export, model_config, placed
+from jax_causal.training.metrics import MetricsLog
 from jax_causal.training.stage import init_key, step_key
 from jax_causal.training.trainer import NotFinite, train
 from sharding import SequenceParallel
@@ -191,6 +194,18 @@ def test_metrics_after_the_resumed_update_are_dropped(tmp_path, whole):
     assert metrics(tmp_path) == metrics(whole)
     elapsed = [json.loads(line)["elapsed_s"] for line in path.read_text().splitlines()]
     assert elapsed == sorted(elapsed)
+
+
+@pytest.mark.parametrize("last", ['{"step": 2, "el', "\0\0\n", "3\n", '{"loss": 1}\n', '{"step": 7}\n'])
+def test_metrics_that_cannot_be_read_are_dropped(tmp_path, last):
+    good = ['{"step": 0}\n', '{"step": 1}\n']
+    (tmp_path / "m").write_text("".join([*good, last, '{"step": 3}\n']))
+    with contextlib.closing(MetricsLog(tmp_path / "m", 7)) as log:
+        log.write(2, 1.5, {"loss": math.inf, "b": 2.0})
+    assert (tmp_path / "m").read_text() == "".join(
+        [*good, '{"step": 2, "elapsed_s": 1.5, "loss": null, "b": 2.0}\n']
+    )
+    assert os.listdir(tmp_path) == ["m"]
 
 
 def test_the_last_two_checkpoints_are_kept(whole):
