@@ -299,7 +299,8 @@ class CausalDiT(nnx.Module):
         def attend(q, k, v, layer, carry):
             if detached:
                 k, v = (
-                    jnp.concatenate([jax.lax.stop_gradient(y[:, :detached]), y[:, detached:]], 1) for y in (k, v)
+                    jnp.concatenate([jax.lax.stop_gradient(y[:, :detached]), y[:, detached:]], 1)
+                    for y in (k, v)
                 )
             return parallel.attend(q, k, v, table, grid[0] * grid[1], frame_mask), carry
 

@@ -33,9 +33,9 @@ class Options:
       gap_share: share of steps that move them at all.
     """
 
-    num_clips: int = 40_960
+    num_clips: int = 20_480
     wordings: int = 4
-    encode_batch: int = 32
+    encode_batch: int = 8
     drop_prompt: float = 0.1
     longest_gap: int = 0
     gap_share: float = 0.5

@@ -50,12 +50,18 @@ def scenes(key, count: int, *, split: str = "train") -> world.Scene:
     return jax.vmap(lambda k: world.sample(k, split=split))(jax.random.split(key, count))
 
 
-def clips(key, count: int, num_frames: int, size: int, *, latest_start: float = 4.0) -> jax.Array:
-    """Video [count, T, size, size, 3] in [-1, 1], fp32, each clip from a moment up to `latest_start` seconds on."""
+def clips(
+    key, count: int, num_frames: int, size: int, *, latest_start: float = 4.0
+) -> tuple[jax.Array, jax.Array]:
+    """Video [count, T, size, size, 3] in [-1, 1], fp32, each clip from a moment up to `latest_start` seconds on; and
+    the color of each background [count, 3]."""
     scene_key, time_key = jax.random.split(key)
     start = jax.random.uniform(time_key, (count, 1), maxval=latest_start)
     times = start + world.frame_times(num_frames)
-    return jax.vmap(lambda s, t: world.render(s, t, size))(scenes(scene_key, count), times)
+    batch = scenes(scene_key, count)
+    video = jax.vmap(lambda s, t: world.render(s, t, size))(batch, times)
+    colors = jnp.asarray(list(world.BACKGROUNDS.values()), jnp.float32) / 127.5 - 1
+    return video, colors[batch.background]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "parallel", "num_frames", "size", "patch"))

@@ -34,9 +34,9 @@ class Options:
       probe_weight: of the probe's cross-entropy beside the velocity's error.
     """
 
-    num_clips: int = 40_960
+    num_clips: int = 20_480
     wordings: int = 4
-    encode_batch: int = 32
+    encode_batch: int = 8
     drop_prompt: float = 0.1
     probe_weight: float = 0.05
 
