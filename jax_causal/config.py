@@ -125,11 +125,17 @@ class SamplerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """Which tokenizer the prompt goes through: a file in the model folder's `tokenizer/`, or plain bytes."""
+    """Which tokenizer the prompt goes through: a file in the model folder's `tokenizer/`, plain bytes, or the
+    vocabulary of the procedural world, which comes with the package."""
 
-    kind: Literal["sentencepiece", "tokenizers", "bytes"] = "sentencepiece"
+    kind: Literal["sentencepiece", "tokenizers", "bytes", "world"] = "sentencepiece"
     eos_id: int = 1
     pad_id: int = 0
+
+    @property
+    def needs_file(self) -> bool:
+        """Whether a model folder must have a `tokenizer/`."""
+        return self.kind in ("sentencepiece", "tokenizers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +246,7 @@ def _presets() -> dict[str, ModelConfig]:
                 num_layers=4,
                 max_length=32,
             ),
-            tokenizer=TokenizerConfig(),
+            tokenizer=TokenizerConfig(kind="world"),
             sampler=SamplerConfig(shift=3.0),
             height=96,
             width=96,

@@ -221,7 +221,7 @@ def _find_model(args: argparse.Namespace) -> tuple[ModelConfig, Path | None]:
         return dataclasses.replace(preset(args.preset), tokenizer=TokenizerConfig(kind="bytes")), None
     config, folder = find_model(args.model)
     missing = {} if folder is None else checkpoint.missing(folder)
-    if config.tokenizer is not None and config.tokenizer.kind == "bytes":
+    if config.tokenizer is not None and not config.tokenizer.needs_file:
         missing.pop("tokenizer", None)
     for part in missing:
         raise FileNotFoundError(incomplete(folder, part))

@@ -150,7 +150,7 @@ class Pipeline:
                 init = functools.partial(modules.init, module, part, dtype=jnp.dtype(dtype))
                 params[component] = jax.jit(init, out_shardings=shardings)(key)
         tokenizer = None
-        if config.tokenizer is not None and config.tokenizer.kind == "bytes":
+        if config.tokenizer is not None and not config.tokenizer.needs_file:
             tokenizer = load_tokenizer(config.tokenizer, None, config.text_encoder.max_length)
         return cls(config, params, tokenizer, parallel=parallel, window=window, sink=sink)
 

@@ -17,6 +17,8 @@ import numpy as np
 
 from jax_causal.config import TokenizerConfig
 
+VOCABULARY = Path(__file__).with_name("vocabulary.model")  # made by `training.vocabulary`
+
 
 def clean_prompt(text: str) -> str:
     """The text as the encoder expects it: encoding damage and HTML entities (even escaped twice) undone, runs
@@ -78,7 +80,7 @@ def load_tokenizer(config: TokenizerConfig, folder: Path | None, max_length: int
 
     Args:
       config: which kind of tokenizer, and its special ids.
-      folder: the model folder's `tokenizer/`; "bytes" needs none.
+      folder: the model folder's `tokenizer/`; "bytes" and "world" need none.
       max_length: tokens per prompt, `TextConfig.max_length`.
 
     Raises:
@@ -86,7 +88,9 @@ def load_tokenizer(config: TokenizerConfig, folder: Path | None, max_length: int
       ValueError: the file cannot be read, or several could be meant.
       ImportError: `tokenizer.json` needs the extra `tokenizers`.
     """
-    load = {"sentencepiece": _sentencepiece, "tokenizers": _tokenizers, "bytes": _bytes}[config.kind]
+    load = {"sentencepiece": _sentencepiece, "tokenizers": _tokenizers, "bytes": _bytes, "world": _world}[
+        config.kind
+    ]
     return Tokenizer(load(folder), max_length, config.eos_id, config.pad_id)
 
 
@@ -95,10 +99,17 @@ def _bytes(folder) -> Callable[[str], list[int]]:
     return lambda text: [byte + 3 for byte in text.encode()]
 
 
+def _world(folder) -> Callable[[str], list[int]]:
+    return _load_sentencepiece(VOCABULARY)
+
+
 def _sentencepiece(folder) -> Callable[[str], list[int]]:
+    return _load_sentencepiece(_find(folder, "spiece.model", "*.model"))
+
+
+def _load_sentencepiece(path: Path) -> Callable[[str], list[int]]:
     import sentencepiece
 
-    path = _find(folder, "spiece.model", "*.model")
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(path)).encode
     except RuntimeError as error:

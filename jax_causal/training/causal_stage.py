@@ -18,7 +18,8 @@ import numpy as np
 from jax_causal import flow, rope, transformer
 from jax_causal.config import ModelConfig
 from jax_causal.parallel import Parallel, SingleDevice
-from jax_causal.training import diffusion, optim, previews, vocabulary
+from jax_causal.tokenizer import load_tokenizer
+from jax_causal.training import diffusion, optim, previews
 from jax_causal.training.config import TrainConfig
 from jax_causal.training.stage import step_key
 
@@ -51,7 +52,7 @@ class CausalStage:
     ):
         self.config, self.options = config, config.stage_options(Options)
         self.model, self.components = model, components
-        self.tokenizer = vocabulary.load(model)
+        self.tokenizer = load_tokenizer(model.tokenizer, None, model.text_encoder.max_length)
         self.parallel = parallel or SingleDevice()
         self.optimizer = optim.optimizer(config)
         self.setting = diffusion.Setting.create(model)

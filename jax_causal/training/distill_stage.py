@@ -20,7 +20,8 @@ from jax_causal import flow, transformer
 from jax_causal.config import ModelConfig
 from jax_causal.parallel import Parallel, SingleDevice
 from jax_causal.rollout import RolloutSpec
-from jax_causal.training import data, diffusion, optim, previews, vocabulary
+from jax_causal.tokenizer import load_tokenizer
+from jax_causal.training import data, diffusion, optim, previews
 from jax_causal.training.causal_stage import gapped_frames
 from jax_causal.training.config import TrainConfig
 from jax_causal.training.folder import Components
@@ -74,7 +75,7 @@ class DistillStage:
     ):
         self.config, self.options = config, config.stage_options(Options)
         self.model, self.components = model, components
-        self.tokenizer = vocabulary.load(model)
+        self.tokenizer = load_tokenizer(model.tokenizer, None, model.text_encoder.max_length)
         self.parallel = parallel or SingleDevice()
         self.teacher = teacher or _read_teacher(self.options.teacher, model, self.parallel)
         self.critic_config = dataclasses.replace(

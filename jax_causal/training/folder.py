@@ -15,7 +15,6 @@ from jax_causal import checkpoint, modules
 from jax_causal.config import ModelConfig, preset
 from jax_causal.parallel import Parallel
 from jax_causal.pipeline import COMPONENTS
-from jax_causal.training import vocabulary
 from jax_causal.training.config import TrainConfig, changes
 
 
@@ -94,8 +93,6 @@ def export(folder: Path, model: ModelConfig, trained: dict[str, dict], init_from
     """
     for component, params in trained.items():
         checkpoint.save(folder / component, params, overwrite=True)
-    if "text_encoder" in trained:
-        shutil.copytree(vocabulary.FOLDER, folder / "tokenizer", dirs_exist_ok=True)
     for component in checkpoint.SOURCES if init_from is not None else ():
         source, target = Path(init_from, component), folder / component
         if (

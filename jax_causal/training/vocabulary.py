@@ -12,21 +12,17 @@ from pathlib import Path
 import jax
 import sentencepiece
 
-from jax_causal.config import ModelConfig
-from jax_causal.tokenizer import Tokenizer, load_tokenizer
+from jax_causal.tokenizer import VOCABULARY
 from jax_causal.training import captions, data
 
-FOLDER = Path(__file__).parent / "tokenizer"  # as a model folder's `tokenizer/`
 NUM_CAPTIONS = 20_000
 
 
-def load(model: ModelConfig) -> Tokenizer:
-    """The bundled vocabulary as the tokenizer of `model`."""
-    return load_tokenizer(model.tokenizer, FOLDER, model.text_encoder.max_length)
+def train(path: str | Path = VOCABULARY, *, vocab_size: int = 576, seed: int = 0) -> None:
+    """Writes a sentencepiece model of `vocab_size` pieces, bytes included, to the file `path`.
 
-
-def train(path: str | Path, *, vocab_size: int, seed: int = 0) -> None:
-    """Writes a sentencepiece model of `vocab_size` pieces, bytes included, to the file `path`."""
+    With its defaults it makes the vocabulary that the package ships.
+    """
     scenes = jax.jit(lambda key: data.scenes(key, NUM_CAPTIONS, split="all"))(jax.random.key(seed))
     texts = [captions.caption(attributes, i) for i, attributes in enumerate(data.attribute_sets(scenes))]
     model = io.BytesIO()

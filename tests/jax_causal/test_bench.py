@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 from jax_causal import Pipeline, bench, bench_ceilings, bench_report, cli, environment, modules, rollout
-from jax_causal.config import PRESETS, SamplerConfig, TextConfig, TransformerConfig, VAEConfig
+from jax_causal.config import (
+    PRESETS,
+    SamplerConfig,
+    TextConfig,
+    TokenizerConfig,
+    TransformerConfig,
+    VAEConfig,
+)
 from jax_causal.generate import Job
 from jax_causal.vae import VAE
 
@@ -24,6 +31,7 @@ SMALL = dataclasses.replace(
     text_encoder=TextConfig(
         vocab_size=384, dim=16, attention_dim=16, ffn_dim=32, num_heads=2, num_layers=1, max_length=32
     ),
+    tokenizer=TokenizerConfig(kind="bytes"),
     sampler=SamplerConfig(frames_per_block=2, steps=(1000, 500), trained_frames=6),
     height=16,
     width=24,

@@ -17,7 +17,14 @@ import numpy as np
 import pytest
 
 from jax_causal import Pipeline, checkpoint, cli, environment, estimate, generate, modules
-from jax_causal.config import PRESETS, SamplerConfig, TextConfig, TransformerConfig, VAEConfig
+from jax_causal.config import (
+    PRESETS,
+    SamplerConfig,
+    TextConfig,
+    TokenizerConfig,
+    TransformerConfig,
+    VAEConfig,
+)
 from jax_causal.pipeline import COMPONENTS
 from jax_causal.timings import Timings
 from jax_causal.video import VideoWriter, read_video
@@ -30,6 +37,7 @@ SMALL = dataclasses.replace(
     text_encoder=TextConfig(
         vocab_size=384, dim=16, attention_dim=16, ffn_dim=32, num_heads=2, num_layers=1, max_length=32
     ),
+    tokenizer=TokenizerConfig(kind="bytes"),
     sampler=SamplerConfig(frames_per_block=2, steps=(1000, 500), trained_frames=6),
     height=16,
     width=24,

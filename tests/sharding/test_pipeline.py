@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from jax_causal import Pipeline, checkpoint, modules, rollout
-from jax_causal.config import PRESETS, SamplerConfig, TextConfig, TransformerConfig, VAEConfig
+from jax_causal.config import (
+    PRESETS,
+    SamplerConfig,
+    TextConfig,
+    TokenizerConfig,
+    TransformerConfig,
+    VAEConfig,
+)
 from jax_causal.pipeline import COMPONENTS, decode_chunk, encode_text
 from sharding import SequenceParallel
 from tests.sharding import seeded
@@ -26,6 +33,7 @@ SMALL = dataclasses.replace(
     text_encoder=TextConfig(
         vocab_size=384, dim=32, attention_dim=32, ffn_dim=64, num_heads=4, num_layers=2, max_length=16
     ),
+    tokenizer=TokenizerConfig(kind="bytes"),
     sampler=SamplerConfig(frames_per_block=2, steps=(1000, 500)),
     height=8,
     width=32,
