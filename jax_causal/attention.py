@@ -1,4 +1,4 @@
-"""Softmax attention over keys that may lie in several parts, with three back ends chosen in one place.
+"""Softmax attention over keys that may lie in several parts, with four back ends chosen in one place.
 
 Beside softmax(q k^T / sqrt(D)) v every back end returns the log-sum-exp of each query's scores. That makes
 attention over disjoint sets of keys mergeable (`merge`), which serves three ends: keys split in parts give a
@@ -7,6 +7,7 @@ and keys held by other devices need not travel. The statistic stays fp32 from th
 to bfloat16 it would cost several times the error of the attention itself.
 
     xla     plain einsums: any platform, any dtype
+    hopper  the fused kernel of `attention_hopper`: bfloat16 and float16 on an H100 or H200
     cudnn   NVIDIA's fused kernel: bfloat16 and float16
     pallas  the fused kernel of `attention_pallas`
 
@@ -27,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-Backend = Literal["auto", "xla", "cudnn", "pallas"]
+Backend = Literal["auto", "xla", "hopper", "cudnn", "pallas"]
 
 # The log-sum-exp of no keys at all: finite, so that the difference of two of them is zero rather than NaN.
 NO_KEYS = -0.7 * float(np.finfo(np.float32).max)
@@ -69,8 +70,12 @@ def attention(
         k, v = k[:, 0], v[:, 0]
     if mask is not None:
         return _block_masked(q, k, v, length, mask, backend)
-    if k.ndim == 4 and choose_backend(backend, q) == "cudnn":
-        return _cudnn_plain(q, k, v, length)
+    if k.ndim == 4 and (chosen := choose_backend(backend, q, k)) in ("hopper", "cudnn"):
+        _check(q, k, v, length)
+        if length is not None:
+            length = jnp.asarray(length, jnp.int32)
+        q, k, v, length = _vary_alike(q, k, v, length)
+        return (_hopper_plain if chosen == "hopper" else _cudnn_plain)(q, k, v, length)
     return attention_with_lse(q, k, v, length=length, backend=backend)[0].astype(q.dtype)
 
 
@@ -92,7 +97,7 @@ def attention_with_lse(
       exp(q k^T / sqrt(D)).
     """
     _check(q, k, v, length)
-    backend = choose_backend(backend, q, lse=True)
+    backend = choose_backend(backend, q, k, lse=True)
     if length is not None:
         length = jnp.asarray(length, jnp.int32)
     q, k, v, length = _vary_alike(q, k, v, length)
@@ -119,8 +124,9 @@ def merge(outs: Sequence[jax.Array], lses: Sequence[jax.Array]) -> tuple[jax.Arr
     return out, peak + jnp.log(total)
 
 
-def choose_backend(backend: Backend, q: jax.Array, *, lse: bool = False) -> str:
-    """The back end for queries like `q` on the first local device; `lse` says that the statistic is wanted.
+def choose_backend(backend: Backend, q: jax.Array, k: jax.Array | None = None, *, lse: bool = False) -> str:
+    """The back end for queries like `q` and keys like `k` (None: any that suit) on the first local device; `lse` says
+    that the statistic is wanted.
 
     Raises ValueError if `backend` names one that cannot, with the reason and those that can.
     """
@@ -128,6 +134,13 @@ def choose_backend(backend: Backend, q: jax.Array, *, lse: bool = False) -> str:
     head_dim, half = q.shape[-1], q.dtype in (jnp.bfloat16, jnp.float16)
     too_old = "it needs an NVIDIA GPU of compute capability 8.0 or newer"
     obstacles = {
+        "hopper": [
+            (capability[0] != 9, "it needs an NVIDIA GPU of compute capability 9"),
+            (not half, f"it computes in bfloat16 or float16, not {q.dtype}"),
+            (head_dim not in (64, 128), f"head dim {head_dim} is neither 64 nor 128"),
+            (k is not None and k.shape[-3] % 8, "the number of keys is not a multiple of 8"),
+            (not _has_mosaic(), "this version of jax lacks what it is written with"),
+        ],
         "cudnn": [
             (capability < (8, 0), too_old),
             (not half, f"it computes in bfloat16 or float16, not {q.dtype}"),
@@ -221,7 +234,7 @@ def _attend(backend, q, k, v, length):
         from jax_causal import attention_pallas  # on demand: importing Pallas takes its time
 
         return attention_pallas.forward(q, k, v, length, no_keys=NO_KEYS, interpret=_device()[0] == "cpu")
-    return (_cudnn if backend == "cudnn" else _xla)(q, k, v, length)
+    return {"hopper": _hopper, "cudnn": _cudnn, "xla": _xla}[backend](q, k, v, length)
 
 
 def _attend_fwd(backend, q, k, v, length):
@@ -309,15 +322,49 @@ def _xla(q, k, v, length):
     return held
 
 
+# --- hopper ---
+
+
+def _hopper(q, k, v, length):
+    from jax_causal import attention_hopper
+
+    processors = getattr(jax.local_devices()[0], "core_count", 132)
+    out, lse = attention_hopper.attend(q, k, v, length, no_keys=NO_KEYS, merge=merge, processors=processors)
+    _, out, lse = _vary_alike(q, out, lse)  # the kernel forgets what varies over a mesh
+    return out, lse
+
+
+@jax.custom_vjp
+def _hopper_plain(q, k, v, length):
+    return _hopper(q, k, v, length)[0]
+
+
+def _hopper_plain_bwd(residuals, d_out):
+    """By cuDNN, whose gradient is a fused kernel too: one forward more is less than what it saves."""
+    q, k, v, length = residuals
+    _, pullback = jax.vjp(lambda *x: _cudnn_plain(*x, length), q, k, v)
+    return *pullback(d_out), None
+
+
+_hopper_plain.defvjp(lambda *x: (_hopper_plain(*x), x), _hopper_plain_bwd)
+
+
+@functools.cache
+def _has_mosaic() -> bool:
+    try:
+        from jax_causal import attention_hopper
+    except ImportError:
+        return False
+    return attention_hopper.supported()
+
+
 # --- cudnn ---
 
 
 def _cudnn_plain(q, k, v, length):
     """Through the public function, which brings cuDNN's own gradient."""
-    _check(q, k, v, length)
     if length is not None:
         length = jnp.full(q.shape[:1], length, jnp.int32)
-    q, k, v, length = _vary_alike(q, k, v, length)
     return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=length, implementation="cudnn")
 
 

@@ -18,11 +18,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_causal import bench_ceilings, rollout, transformer
+from jax_causal import bench_ceilings, bench_profile, rollout, transformer
 from jax_causal.bench_ceilings import Ceilings, Operations
 from jax_causal.pipeline import Pipeline, decode_chunk, encode_text
 from jax_causal.request import Request, prepare
 from jax_causal.timings import CompileClock
+
+PROFILE = {
+    "products": "kernels of matrix products",
+    "attention": "attention kernels",
+    "convolutions": "convolution kernels",
+    "elementwise": "all other kernels: norms, modulation, rotation, activations, sums",
+    "collectives": "collectives, in full where they overlap computation",
+    "copies": "copies, in full where they overlap computation",
+    "gaps": "time with nothing on the first device",
+}
 
 # Every row, in the order of the report, and what lies inside it.
 BOUNDARIES = {
@@ -37,7 +47,14 @@ BOUNDARIES = {
     "text": "text encoder over all its positions; no tokenizer",
     "warmup": "the first end-to-end run: compiling, and the run itself",
     "compile": "tracing and compiling in the warm-up, or fetching programs that were compiled before",
-    "peak_memory": "the first device's peak once the rollout and decode were run, loading the weights included",
+    "start_cold": "a process, from its start to its first RGB frame on the host, from prompt embeddings; nothing was "
+    "compiled before; loading the weights taken off",
+    "start_warm": "the same with all programs compiled before",
+    "start_loading": "what was taken off the warm start: reading the weights, or making random ones",
+    "peak_memory": "the first device's peak in such a process after the whole video: loading, denoising, decoding; no "
+    "text encoder",
+    "peak_memory_all": "the first device's peak in the measuring process, which holds the text encoder as well",
+    **{f"profile_{part}": f"{what} in one profiled end-to-end run" for part, what in PROFILE.items()},
     "product_ceiling": "one large matrix product on one device",
     "attention_ceiling": "one large attention with the model's heads on one device, by the back end in use",
     "copy_ceiling": "one large copy inside one device, bytes read plus written; no floor uses it",
@@ -55,7 +72,7 @@ class Row:
     Attributes:
       name: a key of `BOUNDARIES`.
       median, min, max: over the repeats, in `unit`.
-      unit: "s", "TFLOP/s", "TB/s" or "GB".
+      unit: "s", "TFLOP/s", "TB/s" or "GiB".
       floor: the best to be hoped for, in `unit`: the shortest time, or the highest speed. None where there is none.
     """
 
@@ -97,7 +114,8 @@ def run(
       progress: called with what is measured next.
 
     Returns:
-      Rows in the order of `BOUNDARIES`; those that this model or device cannot give are left out.
+      Rows in the order of `BOUNDARIES`; those that this model or device cannot give are left out, and those of fresh
+      processes, which `bench_start` measures.
 
     Raises:
       ValueError: sizes that do not fit the model, unknown rows, or no repeats.
@@ -113,13 +131,14 @@ def run(
         (bench.end_to_end, ("warmup", "compile", "end_to_end", "first_frame")),
         (bench.rollout, ("rollout", "rollout_without_last_context", "rollout_throughput")),
         (bench.decode, ("decode",)),
-        (bench.memory, ("peak_memory",)),
+        (bench.memory, ("peak_memory_all",)),
         (bench.steady_block, ("steady_block",)),
         (bench.text, ("text",)),
+        (bench.profile, tuple(f"profile_{part}" for part in PROFILE)),
     ]
     rows = bench.ceiling_rows(ceilings)
     # A peak is of what was run: memory alone needs the runs whose peak it is.
-    needed = wanted | {"rollout", "decode"} if "peak_memory" in wanted else wanted
+    needed = wanted | {"rollout", "decode"} if "peak_memory_all" in wanted else wanted
     for measure, names in groups:
         if not needed.isdisjoint(names):
             progress(", ".join(names))
@@ -181,26 +200,11 @@ class _Bench:
         ]
 
     def end_to_end(self, ceilings: Ceilings) -> list[Row]:
-        def generate():
-            begin = time.perf_counter()
-            chunks = self.pipe.stream(
-                prompt_embeds=self.embeds,
-                num_frames=self.num_frames,
-                height=self.height,
-                width=self.width,
-                seed=self.seed,
-            )
-            next(chunks)
-            first = time.perf_counter() - begin
-            for _ in chunks:
-                pass
-            return time.perf_counter() - begin, first
-
         with CompileClock() as clock:
             begin = time.perf_counter()
-            warmup, _ = generate()
+            warmup, _ = self._generate()
             compiling = clock.since(begin)
-        total, first = zip(*(generate() for _ in range(self.repeats)), strict=True)
+        total, first = zip(*(self._generate() for _ in range(self.repeats)), strict=True)
 
         text = bench_ceilings.text_kv_operations(self.config.transformer)
         operations = bench_ceilings.rollout_operations(self.spec, self.frames, last_context=False)
@@ -312,9 +316,30 @@ class _Bench:
 
     def memory(self, ceilings: Ceilings) -> list[Row]:
         peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-        return [] if peak is None else [_row("peak_memory", [peak / 1e9], None, "GB")]
+        return [] if peak is None else [_row("peak_memory_all", [peak / 2**30], None, "GiB")]
+
+    def profile(self, ceilings: Ceilings) -> list[Row]:
+        self._generate()
+        parts, _ = bench_profile.breakdown(self._generate)
+        return [_row(f"profile_{part}", [seconds]) for part, seconds in parts.items()]
 
     # Steps of a run.
+
+    def _generate(self) -> tuple[float, float]:
+        """Seconds of a whole video, and until its first frame."""
+        begin = time.perf_counter()
+        chunks = self.pipe.stream(
+            prompt_embeds=self.embeds,
+            num_frames=self.num_frames,
+            height=self.height,
+            width=self.width,
+            seed=self.seed,
+        )
+        next(chunks)
+        first = time.perf_counter() - begin
+        for _ in chunks:
+            pass
+        return time.perf_counter() - begin, first
 
     def _cache(self, spec):
         return rollout.init_cache(spec, 1, self.dtype, stacked=not transformer.is_unrolled(self.params))

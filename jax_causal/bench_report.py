@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from jax_causal import bench
+from jax_causal import bench, bench_start
 from jax_causal.bench import BOUNDARIES, FLOORS, Row
 from jax_causal.console import note, report
 from jax_causal.generate import Job
@@ -23,9 +23,7 @@ from jax_causal.parallel import Parallel
 
 # What two runs must share to be comparable. Devices, strategy, precision and versions may be what is compared.
 SAME = ("model", "frames", "height", "width", "window", "sink")
-NOT_MEASURED = (
-    "not measured: the time of single kernels inside a pass or a decode; jax.profiler.trace shows them"
-)
+NOT_MEASURED = "not measured: the time of single kernels; jax.profiler.trace shows them"
 
 
 def run(args: argparse.Namespace, parallel: Parallel) -> None:
@@ -35,15 +33,22 @@ def run(args: argparse.Namespace, parallel: Parallel) -> None:
     """
     wanted = bench.check_rows(args.only)
     job = Job.create(args, parallel, "any prompt")
+    if args.since is not None:
+        return bench_start.report(job, args.since)
     facts = _facts(job, args.repeats)
     earlier = None if args.compare is None else read_earlier(args.compare, facts)
     write_json = json_writer(args.json)
 
+    started = []
+    if not wanted.isdisjoint(bench_start.ROWS):
+        note(f"measuring fresh processes: {', '.join(bench_start.ROWS)}")
+        started = [row for row in bench_start.measure(args) if row.name in wanted]
     note(f"loading {job.config.name}")
     size = {name: job.inputs[name] for name in ("num_frames", "height", "width", "seed")}
     measured = bench.run(
         job.load(), **size, repeats=args.repeats, only=wanted, progress=lambda what: note(f"measuring {what}")
     )
+    measured = sorted([*started, *measured], key=lambda row: list(BOUNDARIES).index(row.name))
     left_out = [name for name in BOUNDARIES if name in wanted and name not in {row.name for row in measured}]
     record = facts | {
         "rows": [row.to_json() for row in measured],

@@ -130,7 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     args = _parse(argv)
-    environment.apply(devices=getattr(args, "devices", None))
+    # Bench starts processes that need the device's memory beside it; these are told since when they run.
+    alone = args.verb != "bench" or args.since is not None
+    environment.apply(devices=getattr(args, "devices", None), reserve=alone)
     from jax_causal import console
 
     try:
@@ -292,6 +294,8 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--only", metavar="ROWS", type=_names, help="rows to measure, with commas between (default: all)"
     )
     group.add_argument("--compare", metavar="FILE", type=Path, help="show ratios to what --json wrote before")
+    # How bench starts itself, to measure a fresh process: since when it runs.
+    parser.add_argument("--since", type=float, help=argparse.SUPPRESS)
 
 
 def _bench(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ Everything here is a default: whatever the environment says already, wins.
 * `XLA_FLAGS` gains the flags of `GPU_FLAGS` that it does not mention. Other platforms ignore them.
 * With several devices asked for, a CPU offers that many virtual ones, and threads enough that their collectives cannot
   wait for each other for ever. Where there are accelerators this changes nothing.
-* On a GPU, JAX reserves 90 % of the memory instead of 75 %.
+* On a GPU, JAX reserves 90 % of the memory instead of 75 %, or nothing in advance where other processes need room.
 """
 
 from __future__ import annotations
@@ -25,16 +25,23 @@ GPU_FLAGS = {
 
 
 def apply(
-    environ: MutableMapping[str, str] = os.environ, *, platform: str | None = None, devices: int | None = None
+    environ: MutableMapping[str, str] = os.environ,
+    *,
+    platform: str | None = None,
+    devices: int | None = None,
+    reserve: bool = True,
 ) -> None:
     """Sets the defaults in `environ`; call it before jax is imported. `platform` is where to run unless the user says
-    otherwise (None: JAX's own choice), `devices` how many the command asked for."""
+    otherwise (None: JAX's own choice), `devices` how many the command asked for, `reserve` whether to take the
+    memory of a GPU in advance."""
     if cache := _cache_folder(environ):
         environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in environ:  # the old name; JAX refuses both at once
         environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.9")
+    if not reserve:
+        environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     environ["XLA_FLAGS"] = _with_defaults(environ.get("XLA_FLAGS", ""), GPU_FLAGS)
     if devices and devices > 1:
         environ.setdefault("JAX_NUM_CPU_DEVICES", str(devices))

@@ -83,9 +83,9 @@ class Job:
         """Blocks of the video, given ones included."""
         return len(list(rollout.block_sizes(self.request.num_frames, self.config.sampler)))
 
-    def load(self) -> Pipeline:
-        """The model, with its weights or random ones."""
-        options = {"dtype": self.precision, "parallel": self.parallel, **self.limits}
+    def load(self, **options) -> Pipeline:
+        """The model, with its weights or random ones; `options` as for `Pipeline.from_pretrained`."""
+        options |= {"dtype": self.precision, "parallel": self.parallel, **self.limits}
         if self.folder is None:
             return Pipeline.random(self.config, **options)
         return Pipeline.from_pretrained(self.folder, **options)

@@ -100,6 +100,7 @@ class Pipeline:
         parallel: Parallel | None = None,
         window: int | None = None,
         sink: int = 0,
+        text_encoder: bool = True,
     ) -> Pipeline:
         """Loads a bundled model or a model folder, straight onto its final device and dtype.
 
@@ -108,6 +109,7 @@ class Pipeline:
           dtype: of parameters and computation, "bfloat16" or "float32".
           parallel: how to run; None is one device.
           window, sink: latent frames attended to, and first frames kept for ever; None keeps all.
+          text_encoder: whether to load it, most of a model's memory; without it prompts are given as `prompt_embeds`.
 
         Raises:
           FileNotFoundError: no such folder, or a component is missing; the message names the command to run.
@@ -119,9 +121,10 @@ class Pipeline:
                 "no trained weights are bundled yet: this model is random and shows noise, not your prompt",
                 stacklevel=2,
             )
-            return cls.random(config, dtype=dtype, parallel=parallel, window=window, sink=sink)
+            options = {"window": window, "sink": sink, "text_encoder": text_encoder}
+            return cls.random(config, dtype=dtype, parallel=parallel, **options)
         parallel = (parallel or SingleDevice()).for_model(config)
-        params, tokenizer = restore(config, folder, jnp.dtype(dtype), parallel)
+        params, tokenizer = restore(config, folder, jnp.dtype(dtype), parallel, text_encoder=text_encoder)
         return cls(config, params, tokenizer, parallel=parallel, window=window, sink=sink, folder=folder)
 
     @classmethod
@@ -134,10 +137,12 @@ class Pipeline:
         parallel: Parallel | None = None,
         window: int | None = None,
         sink: int = 0,
+        text_encoder: bool = True,
     ) -> Pipeline:
         """A preset (by name) or configuration with random weights: for measuring and testing, not for looking.
 
-        Where the tokenizer needs a file there is none, and `prompt_embeds` stand in for a prompt.
+        Where the tokenizer needs a file there is none, and `prompt_embeds` stand in for a prompt; without
+        `text_encoder` there are neither.
         """
         config = PRESETS[model] if isinstance(model, str) else model
         parallel = (parallel or SingleDevice()).for_model(config)
@@ -145,12 +150,16 @@ class Pipeline:
         keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(COMPONENTS))
         params = {}
         for key, (component, module) in zip(keys, COMPONENTS.items(), strict=True):
+            if not text_encoder and component == "text_encoder":
+                continue
             if (part := getattr(config, component)) is not None:
                 shardings = parallel.shardings(modules.abstract(module, part), component)
                 init = functools.partial(modules.init, module, part, dtype=jnp.dtype(dtype))
-                params[component] = jax.jit(init, out_shardings=shardings)(key)
+                params[component] = _laid_out(
+                    component, jax.jit(init, out_shardings=shardings)(key), parallel
+                )
         tokenizer = None
-        if config.tokenizer is not None and not config.tokenizer.needs_file:
+        if text_encoder and config.tokenizer is not None and not config.tokenizer.needs_file:
             tokenizer = load_tokenizer(config.tokenizer, None, config.text_encoder.max_length)
         return cls(config, params, tokenizer, parallel=parallel, window=window, sink=sink)
 
@@ -284,6 +293,10 @@ class Pipeline:
                 ready.append(frames)
                 if report:
                     yield self._to_host(request, ready.popleft())
+            # Starting a block can take the host as long as the block before, and the first frame must not wait for it;
+            # the device still has the rest of the first block to decode.
+            if cuts and ready:
+                yield self._to_host(request, ready.popleft())
         while ready:
             yield self._to_host(request, ready.popleft())
 
@@ -379,19 +392,29 @@ class _Phases:
             self.start()
 
 
-def restore(config: ModelConfig, folder: Path, dtype, parallel: Parallel) -> tuple[dict, Tokenizer | None]:
-    """Parameters of the components that a model folder has, and its tokenizer, if it has a text encoder."""
-    missing = checkpoint.missing(folder)
+def restore(
+    config: ModelConfig, folder: Path, dtype, parallel: Parallel, *, text_encoder: bool = True
+) -> tuple[dict, Tokenizer | None]:
+    """Parameters of the components that a model folder has, in the form that they are run in, and its tokenizer, if
+    it has a text encoder. Without `text_encoder` it is as if the folder had none."""
+    missing = set(checkpoint.missing(folder)) | (set() if text_encoder else {"text_encoder"})
     tokenizer = None
     if "text_encoder" not in missing and config.tokenizer is not None:
         length = config.text_encoder.max_length
         tokenizer = load_tokenizer(config.tokenizer, folder / "tokenizer", length)
-    params = {
-        component: checkpoint.restore(folder / component, _abstract(config, component, dtype, parallel))
-        for component in COMPONENTS
-        if component not in missing
-    }
+    params = {}
+    for component in COMPONENTS:
+        if component not in missing:
+            loaded = checkpoint.restore(folder / component, _abstract(config, component, dtype, parallel))
+            params[component] = _laid_out(component, loaded, parallel)
     return params, tokenizer
+
+
+def _laid_out(component: str, params: dict, parallel: Parallel) -> dict:
+    """Parameters just loaded, which nobody else holds, in the form that they are run in."""
+    if component == "transformer" and parallel.unrolled:
+        return transformer.unroll(params, consume=True)
+    return params
 
 
 def _abstract(config: ModelConfig, component: str, dtype, parallel: Parallel):

@@ -49,8 +49,12 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x):
         y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
-        return y.astype(x.dtype) * self.scale[...]
+        # The barrier keeps the statistic's kernel from taking the whole norm: on a GPU what follows it then becomes
+        # one kernel with the rotation.
+        inverse = jax.lax.optimization_barrier(
+            jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
+        )
+        return (y * inverse).astype(x.dtype) * self.scale[...]
 
 
 class AffineLayerNorm(nnx.Module):
@@ -379,11 +383,21 @@ def abstract(config: TransformerConfig, dtype=jnp.float32) -> dict:
     return modules.abstract(CausalDiT, config, dtype=dtype)
 
 
-def unroll(params: dict) -> dict:
-    """Stacked parameters with the blocks cut into per-layer arrays."""
-    stacked = params["blocks"]
-    num_layers = jax.tree.leaves(stacked)[0].shape[0]
-    return params | {"blocks": {i: jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(num_layers)}}
+def unroll(params: dict, *, consume: bool = False) -> dict:
+    """Stacked parameters with the blocks cut into per-layer arrays.
+
+    With `consume` every stacked array is deleted once it is cut, so that a device never holds all of them twice.
+    """
+
+    def cut(x):
+        layers = [x[i] for i in range(x.shape[0])]
+        if consume:
+            x.delete()
+        return layers
+
+    leaves, structure = jax.tree.flatten(params["blocks"])
+    layers = zip(*map(cut, leaves), strict=True)
+    return params | {"blocks": {i: structure.unflatten(layer) for i, layer in enumerate(layers)}}
 
 
 def is_unrolled(params: dict) -> bool:

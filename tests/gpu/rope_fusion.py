@@ -1,0 +1,91 @@
+"""Writes the fixture of `tests/sharding/test_rope_fusion.py`: a block step as XLA optimised it for a GPU.
+
+    PYTHONPATH=. python tests/gpu/rope_fusion.py            # on the GPU; writes tests/gpu/rope_fusion.hlo.gz
+    PYTHONPATH=. python tests/gpu/rope_fusion.py --print    # only says where the rotation is in the fixture
+
+The program is the denoising step of two layers of the 1.3B shape, in bf16, through the `shard_map` of Causal-RoPE SP.
+Run it again, and commit the file, whenever the test says that the fixture is stale.
+"""
+
+import argparse
+import ast
+import dataclasses
+import gzip
+import hashlib
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+import sharding
+from jax_causal import attention, cache, config, parallel, rollout, rope, transformer
+from sharding import causal_rope_sp, sequence_parallel
+from sharding.hlo import Instruction, Program
+
+FIXTURE = Path(__file__).with_name("rope_fusion.hlo.gz")
+SOURCES = (rope, attention, cache, parallel, transformer, rollout, causal_rope_sp, sequence_parallel)
+LAYERS = 2
+
+
+def fingerprint() -> str:
+    """SHA-256 of the code that the program comes from, comments and docstrings left out."""
+    trees = (ast.parse(Path(module.__file__).read_text()) for module in SOURCES)
+    return hashlib.sha256("\n".join(map(_written_out, trees)).encode()).hexdigest()
+
+
+def _written_out(node) -> str:
+    """A syntax tree as text that is the same under every version of Python: what is empty is left out."""
+    if isinstance(node, list):
+        return "".join(map(_written_out, node))
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)) and ast.get_docstring(node) is not None:
+        node.body = node.body[1:]
+    fields = ((name, value) for name, value in ast.iter_fields(node) if value not in (None, []))
+    return f"{type(node).__name__}({','.join(f'{name}={_written_out(value)}' for name, value in fields)})"
+
+
+def compile_text() -> str:
+    """The optimised program of this machine's first device."""
+    from sharding.compiled import abstract_block
+
+    model = config.PRESETS["wan-1.3b"]
+    model = dataclasses.replace(model, transformer=dataclasses.replace(model.transformer, num_layers=LAYERS))
+    grid = (model.height // 16, model.width // 16)
+    sharded = sharding.SequenceParallel(devices=1, strategy="gather").for_model(model)
+    spec = rollout.RolloutSpec.create(model.transformer, model.sampler, grid, 21, parallel=sharded)
+    return rollout.denoise_block.lower(spec, *abstract_block(spec, jnp.bfloat16)).compile().as_text()
+
+
+def read() -> tuple[dict, Program]:
+    """What the fixture says of itself, and its program."""
+    header, _, text = gzip.decompress(FIXTURE.read_bytes()).decode().partition("\n")
+    return json.loads(header), Program(text)
+
+
+def rotations(program: Program) -> list[Instruction]:
+    """Instructions that the model's code names as the rotation of queries and keys."""
+    found = (i for body in program.computations.values() for i in body.values())
+    return [i for i in found if "/rope/" in i.scope]
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--print", action="store_true", dest="show")
+    parser.add_argument("--output", type=Path, default=FIXTURE)
+    args = parser.parse_args()
+    if not args.show:
+        header = {"source": fingerprint(), "jax": jax.__version__, "device": jax.devices()[0].device_kind}
+        args.output.write_bytes(gzip.compress(f"{json.dumps(header)}\n{compile_text()}".encode(), 9, mtime=0))
+        print(header, args.output.stat().st_size, "bytes")
+        return
+    header, program = read()
+    print(header)
+    for name in sorted({i.computation for i in rotations(program)}):
+        inside = [i for i in rotations(program) if i.computation == name]
+        print(name, len(inside), sorted({i.opcode for i in inside}), inside[-1].type, inside[-1].scope)
+
+
+if __name__ == "__main__":
+    main()

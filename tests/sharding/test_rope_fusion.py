@@ -1,0 +1,65 @@
+"""Where the rotation ended up in a GPU's program: in one kernel with the q / k norm, not in a pass of its own.
+
+The program is a fixture, written on a GPU by `tests/gpu/rope_fusion.py`.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.sp
+COMMAND = "PYTHONPATH=. python tests/gpu/rope_fusion.py"
+
+
+def _script():
+    path = Path(__file__).parents[1] / "gpu" / "rope_fusion.py"
+    spec = importlib.util.spec_from_file_location("rope_fusion", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SCRIPT = _script()
+HEADER, PROGRAM = SCRIPT.read()
+
+
+def _producer(body, name):
+    """The instruction that computes `name`, past what only renames it."""
+    while body[name].opcode in ("bitcast", "get-tuple-element"):
+        name = body[name].operands[0]
+    return body[name]
+
+
+def _kernels():
+    """The fusions whose computation turns pairs, each with the instructions around it."""
+    turning = {i.computation for i in SCRIPT.rotations(PROGRAM) if i.opcode in ("multiply", "concatenate")}
+    for body in PROGRAM.computations.values():
+        for instruction in body.values():
+            if instruction.opcode == "fusion" and turning & set(instruction.calls):
+                yield instruction, body
+
+
+def test_fixture_is_of_the_code_here():
+    assert HEADER["source"] == SCRIPT.fingerprint(), (
+        f"the fixture is stale: run {COMMAND} on a GPU and commit it"
+    )
+
+
+def test_every_rotation_is_in_a_fusion():
+    free = {i.opcode for i in SCRIPT.rotations(PROGRAM) if not i.computation.startswith("fused")}
+    # Constants and what only renames cost nothing.
+    assert free <= {"bitcast", "constant", "get-tuple-element", "fusion"}
+
+
+def test_one_kernel_a_layer_takes_the_product_and_gives_rotated_heads():
+    kernels = list(_kernels())
+    assert len(kernels) == SCRIPT.LAYERS
+    for kernel, body in kernels:
+        (inside,) = (PROGRAM.computations[name] for name in kernel.calls)
+        norm = [i for i in inside.values() if i.opcode == "multiply" and "/rope/" not in i.scope]
+        assert norm, "the norm's factor and scale are multiplied elsewhere"
+        large = [name for name in kernel.operands if body[name].nbytes >= 4680 * 1536 * 2]
+        assert [_producer(body, name).opcode for name in large] == ["custom-call"], "a pass lies between"
+        assert sum(1 for shape in kernel.shapes if shape[-3:] == (12, 64, 2)) == 2  # q and k
+        assert kernel.type.count("bf16[") == len(kernel.shapes)
