@@ -81,23 +81,24 @@ def attend(q, k, v, length, *, no_keys: float, merge, processors: int) -> tuple[
     length = jnp.full((1,), K if length is None else length, jnp.int32)
     out, lse, *shared = forward(q, k, v, length, plan=plan, no_keys=no_keys)
     if plan.shared:
-        first = plan.whole * TILE
-        outs, lses = merge(list(shared[0]), list(shared[1][..., : q.shape[1] - first]))
-        out = out.at[:, first:].set(outs.astype(out.dtype))
-        lse = lse.at[:, :, first : q.shape[1]].set(lses)
+        # Not updated in place: XLA (of jax 0.11.2) would draw the update into the kernel, and find a circle.
+        outs, lses = merge(list(shared[0]), list(shared[1][..., : shared[0].shape[2]]))
+        out = jnp.concatenate([out, outs.astype(out.dtype)], axis=1) if plan.whole else outs.astype(out.dtype)
+        lse = jnp.concatenate([lse, lses], axis=2) if plan.whole else lses
     return out[:, :T], lse[:, :, :T]
 
 
 # Compiled by itself, so that the layers of a model share one kernel: each costs a second.
 @functools.partial(jax.jit, static_argnames=("plan", "no_keys"))
 def forward(q, k, v, length, *, plan: Plan, no_keys: float):
-    """The kernel: out [B, T, N, D] and lse [B, N, tiles * 128] of whole tiles, undefined in shared ones; and of these
-    each run's fp32 out [runs, B, rows, N, D] and lse [runs, B, N, shared * 128]. T and K are multiples of 8."""
+    """The kernel: out [B, rows, N, D] and lse [B, N, whole * 128] of whole tiles (undefined where there are none); of
+    shared ones each run's fp32 out [runs, B, rows, N, D] and lse [runs, B, N, shared * 128]. T and K are multiples of
+    8; the rows of the two are T in all."""
     B, T, N, D = q.shape
-    rows = T - plan.whole * TILE
+    rows = min(plan.whole * TILE, T) or 8
     out_type = [
-        jax.ShapeDtypeStruct(q.shape, q.dtype),
-        jax.ShapeDtypeStruct((B, N, plan.tiles * TILE), jnp.float32),
+        jax.ShapeDtypeStruct((B, rows, N, D), q.dtype),
+        jax.ShapeDtypeStruct((B, N, max(plan.whole, 1) * TILE), jnp.float32),
     ]
     scratch = {
         "q_smem": _swizzled((WORKERS, ROWS, D), q.dtype),
@@ -112,7 +113,7 @@ def forward(q, k, v, length, *, plan: Plan, no_keys: float):
     }
     if plan.shared:
         out_type += [
-            jax.ShapeDtypeStruct((plan.runs, B, rows, N, D), jnp.float32),
+            jax.ShapeDtypeStruct((plan.runs, B, T - plan.whole * TILE, N, D), jnp.float32),
             jax.ShapeDtypeStruct((plan.runs, B, N, plan.shared * TILE), jnp.float32),
         ]
         scratch["out_smem"] = _swizzled((WORKERS, ROWS, D), jnp.float32)
@@ -199,6 +200,7 @@ def _kernel(q_ref, k_ref, v_ref, length_ref, out_ref, lse_ref, *shared_refs, pla
             no_keys,
         )
         out, peak, total = pl.run_scoped(attended, plgpu.ACC((ROWS, D), jnp.float32))
+        total = jnp.maximum(total, 1e-30)  # it is 1 or more, or 0 without keys
         out = out / _over(total, out.shape)
         any_keys = (limit > last * BLOCK_K).astype(jnp.float32)
         lse = peak * math.log(2) + jnp.log(total)
@@ -238,7 +240,8 @@ def _attend(q, k_smem, v_smem, k_ready, v_ready, k_free, v_free, count, valid, n
     plgpu.barrier_arrive(k_free.at[0])
     column = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA)
     s = jnp.where(column < valid, s, no_keys)
-    weights, peak, total, _ = softmax(s, _full(no_keys), _full(0))
+    # Below any score, and so far above `no_keys` that what is masked weighs nothing, even where all of it is.
+    weights, peak, total, _ = softmax(s, _full(-1e30), _full(0))
 
     def step(i, carry):
         weights, peak, total = carry

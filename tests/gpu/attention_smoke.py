@@ -16,7 +16,7 @@ import numpy as np
 
 from jax_causal.attention import NO_KEYS, attention, attention_with_lse, choose_backend
 
-BACKENDS = ("cudnn", "pallas", "xla")
+BACKENDS = ("hopper", "cudnn", "pallas", "xla")
 TOLERANCE = {"bfloat16": 5e-3, "float16": 1e-3, "float32": 1e-5}  # of the output, in relative Euclidean norm
 LSE_TOLERANCE = 1e-4  # absolute; a statistic rounded to bfloat16 would be off by 3e-2
 

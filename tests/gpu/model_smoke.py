@@ -80,7 +80,7 @@ def _backends(pipe):
     plain = _latents(pipe, SingleDevice(backend="xla"))
     yield _report("xla finite", np.isfinite(plain).all(), "")
     probe = jax.ShapeDtypeStruct((1, 8, 1, pipe.config.transformer.head_dim), jnp.bfloat16)
-    for backend in ("cudnn", "pallas"):
+    for backend in ("hopper", "cudnn", "pallas"):
         for parts in (1, 2):
             try:
                 choose_backend(backend, probe, lse=parts > 1)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from jax_causal import attention as attn
-from jax_causal import attention_pallas
+from jax_causal import attention_hopper, attention_pallas
 from jax_causal.attention import attention, attention_with_lse, choose_backend, merge
 
-CPU, H200 = ("cpu", (0,)), ("gpu", (9, 0))
+CPU, A100, H200 = ("cpu", (0,)), ("gpu", (8, 0)), ("gpu", (9, 0))
 
 
 def reference(q, k, v, length=None, mask=None):
@@ -250,8 +250,11 @@ def test_merge_over_devices():
     [
         (CPU, jnp.bfloat16, 128, "xla"),
         (("tpu", (0,)), jnp.bfloat16, 128, "xla"),
-        (H200, jnp.bfloat16, 128, "cudnn"),
+        (H200, jnp.bfloat16, 128, "hopper"),
+        (H200, jnp.float16, 64, "hopper"),
         (H200, jnp.float16, 24, "cudnn"),
+        (A100, jnp.bfloat16, 128, "cudnn"),
+        (("gpu", (12, 0)), jnp.bfloat16, 128, "cudnn"),
         (H200, jnp.float32, 128, "xla"),
         (H200, jnp.bfloat16, 20, "pallas"),
         (H200, jnp.bfloat16, 256, "xla"),
@@ -263,9 +266,18 @@ def test_choice_by_capability(monkeypatch, device, dtype, head_dim, chosen):
     assert choose_backend("auto", jax.ShapeDtypeStruct((1, 8, 2, head_dim), dtype)) == chosen
 
 
+def test_hopper_takes_keys_in_eights(monkeypatch):
+    """The copy engine does; a share of a cache that is none goes to another kernel."""
+    monkeypatch.setattr(attn, "_device", lambda: H200)
+    q, k = (jax.ShapeDtypeStruct((1, n, 12, 128), jnp.bfloat16) for n in (585, 4095))
+    assert choose_backend("auto", q, k) == "cudnn"
+    with pytest.raises(ValueError, match="not a multiple of 8; use cudnn"):
+        choose_backend("hopper", q, k)
+
+
 def test_choice_without_the_private_statistic(monkeypatch):
     """Should jax move the source of the fp32 statistic, parts go to another kernel and plain calls stay."""
-    monkeypatch.setattr(attn, "_device", lambda: H200)
+    monkeypatch.setattr(attn, "_device", lambda: A100)
     monkeypatch.setattr(attn, "_fused_attention", lambda: None)
     q = jax.ShapeDtypeStruct((1, 8, 2, 64), jnp.bfloat16)
     assert choose_backend("auto", q) == "cudnn"
@@ -280,7 +292,12 @@ def test_choice_without_the_private_statistic(monkeypatch):
         (CPU, "cudnn", jnp.bfloat16, "needs an NVIDIA GPU .* use pallas or xla"),
         (H200, "cudnn", jnp.float32, "bfloat16 or float16, not float32; use pallas or xla"),
         (("tpu", (0,)), "pallas", jnp.bfloat16, "'pallas' cannot run here: .* use xla"),
-        (CPU, "flash", jnp.bfloat16, "unknown attention back end 'flash': choose auto, cudnn, pallas, xla"),
+        (
+            CPU,
+            "flash",
+            jnp.bfloat16,
+            "unknown attention back end 'flash': choose auto, hopper, cudnn, pallas, xla",
+        ),
     ],
 )
 def test_back_end_that_cannot_run(monkeypatch, device, backend, dtype, message):
@@ -314,6 +331,90 @@ def test_cudnn_statistic_is_float32(monkeypatch):
     sharded = jax.shard_map(run, mesh=mesh, in_specs=(jax.P(), keys, keys, jax.P()), out_specs=jax.P("x"))
     gradient = jax.grad(lambda *x: sum(y.astype(jnp.float32).sum() for y in sharded(*x)), (0, 1, 2))
     assert [x.shape for x in jax.eval_shape(gradient, q, k, k, length)] == [q.shape, k.shape, k.shape]
+
+
+@pytest.mark.parametrize(
+    ("T", "K", "D", "parts"), [(4680, 32760, 128, None), (585, 1000, 64, 2), (4680, 512, 128, None)]
+)
+def test_hopper_kernel_lowers_for_a_gpu(monkeypatch, T, K, D, parts):
+    monkeypatch.setattr(attn, "_device", lambda: H200)
+    keys = (1, K, 12, D) if parts is None else (1, parts, K, 12, D)
+    q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, T, 12, D), keys))
+    length = jax.ShapeDtypeStruct((), jnp.int32)
+
+    def layers(q, k, v, length):
+        for _ in range(3):
+            q = attention(q, k, v, length=length, backend="hopper")
+        return q
+
+    traced = jax.jit(layers).trace(q, k, k, length)
+    assert traced.out_info.shape == q.shape
+    assert traced.out_info.dtype == jnp.bfloat16
+    # One kernel serves all layers: each costs a second to compile.
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu") == 1
+    gradient = jax.grad(lambda *x: layers(*x).astype(jnp.float32).sum(), (0, 1, 2))
+    if parts:  # one part takes cuDNN's gradient, which is not traced without cuDNN
+        assert [x.shape for x in jax.eval_shape(gradient, q, k, k, length)] == [q.shape, k.shape, k.shape]
+
+
+@pytest.mark.parametrize(
+    ("queries", "heads", "keys"),
+    [(4680, 12, 32760), (4680, 12, 512), (9360, 12, 32760), (585, 12, 32760), (2340, 3, 18720), (1, 1, 8)],
+)  # fmt: skip
+def test_plan_of_the_hopper_kernel_fills_the_card(queries, heads, keys):
+    processors = 132
+    plan = attention_hopper.Plan.cheapest(queries, heads, keys, processors)
+    assert plan.tiles * 128 >= queries > (plan.tiles - 1) * 128
+    assert 0 <= plan.shared <= plan.tiles
+    assert (plan.shared > 0) == (plan.runs > 1)
+    # Blocks go to whichever processor is free, whole tiles first.
+    busy = np.zeros(processors)
+    for work in [keys] * (heads * plan.whole) + [keys / plan.runs] * (heads * plan.shared * plan.runs):
+        busy[busy.argmin()] += work + attention_hopper.BLOCK_COST
+    alone = np.ceil(heads * plan.tiles / processors) * (keys + attention_hopper.BLOCK_COST)
+    assert busy.max() <= alone
+    if keys == 32760:
+        assert heads * plan.tiles * keys > 0.85 * busy.max() * processors  # the best possible is 1
+
+
+@pytest.mark.parametrize("length", [0, 1, 130, 300, 320])
+@pytest.mark.parametrize("plan", [(3, 0, 1), (3, 1, 2), (3, 2, 5), (3, 3, 2)])
+def test_shared_queries_of_the_hopper_kernel_are_merged(monkeypatch, length, plan):
+    """With the kernel replaced by what it is documented to return."""
+    plan = attention_hopper.Plan(*plan)
+
+    def kernel(q, k, v, length, *, plan, no_keys):
+        T, tiles, first = q.shape[1], -(-int(length[0]) // 128), plan.whole * 128
+        assert T % 8 == 0
+        padded = np.pad(q, ((0, 0), (0, plan.tiles * 128 - T), (0, 0), (0, 0)))
+
+        def run(rows, start, stop):
+            stop = min(stop, int(length[0]))
+            if stop > start:
+                return reference(padded[:, rows], k[:, start:stop], v[:, start:stop])
+            shape = padded[:, rows].shape
+            return np.ones(shape), np.full((shape[0], shape[2], shape[1]), no_keys)
+
+        out, lse = run(slice(0, first), 0, k.shape[1])
+        results = [out[:, : min(first, T)], lse] if first else [np.full((2, 8, 3, 8), np.nan)] * 2
+        if plan.shared:
+            bounds = [128 * (n * tiles // plan.runs) for n in range(plan.runs + 1)]
+            runs = [run(slice(first, None), *bounds[n : n + 2]) for n in range(plan.runs)]
+            outs, lses = (np.stack(x) for x in zip(*runs, strict=True))
+            results += [outs[:, :, : T - first], lses]
+        return [jnp.asarray(x, jnp.float32) for x in results]
+
+    monkeypatch.setattr(attention_hopper, "forward", kernel)
+    monkeypatch.setattr(attention_hopper.Plan, "cheapest", lambda *args: plan)
+    q, k, v = random(9, (2, 313, 3, 8), (2, 320, 3, 8), (2, 320, 3, 8))
+    out, lse = attention_hopper.attend(q, k, v, length, no_keys=attn.NO_KEYS, merge=merge, processors=132)
+    assert np.isfinite(out).all()
+    if length == 0:
+        assert (lse <= np.float32(attn.NO_KEYS)).all()
+    else:
+        expected_out, expected_lse = reference(q, k, v, length)
+        assert error(out, expected_out) < 2e-6
+        assert error(lse, expected_lse) < 2e-6
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
