@@ -365,6 +365,8 @@ class Pipeline:
             )
         if self.tokenizer is None:
             lacking = checkpoint.missing(self.folder)
+            if not lacking:
+                raise ValueError("the model was loaded without its text encoder: pass prompt_embeds instead")
             raise ValueError(incomplete(self.folder, min(lacking, key=list(checkpoint.SOURCES).index)))
         ids, mask = self.tokenizer(prompts)
         if ids.max() >= (size := self.config.text_encoder.vocab_size):

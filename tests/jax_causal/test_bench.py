@@ -11,7 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_causal import Pipeline, bench, bench_ceilings, bench_report, cli, environment, modules, rollout
+from jax_causal import (
+    Pipeline,
+    bench,
+    bench_ceilings,
+    bench_profile,
+    bench_report,
+    bench_start,
+    cli,
+    environment,
+    modules,
+    rollout,
+)
 from jax_causal.config import (
     PRESETS,
     SamplerConfig,
@@ -73,7 +84,8 @@ def command(*argv) -> int:
 
 def test_every_row_that_a_cpu_can_give(rows):
     names = [row.name for row in rows]
-    assert names == [name for name in bench.BOUNDARIES if name != "peak_memory"]
+    left = {"peak_memory", "peak_memory_all", "start_cold", "start_warm", "start_loading"}
+    assert names == [name for name in bench.BOUNDARIES if name not in left]
     for row in rows:
         assert 0 <= row.min <= row.median <= row.max, row
         assert (row.floor is not None) == (row.name in WITH_FLOOR), row
@@ -113,19 +125,54 @@ def test_refuses(pipe, options, message):
         bench.run(pipe, **options)
 
 
+def test_profile_adds_up(rows):
+    by_name = {row.name: row.median for row in rows}
+    parts = {part: by_name[f"profile_{part}"] for part in bench.PROFILE}
+    assert parts["products"] > 0
+    assert parts["elementwise"] > 0
+    assert parts["collectives"] == 0
+    assert parts["gaps"] < by_name["end_to_end"] * 3  # profiling slows a CPU down
+
+
+def test_kernels_are_told_apart_by_name():
+    # Names as an H200 gives them.
+    names = {
+        "nvjet_tst_128x256_64x4_1x2_h_bz_coopA_bias_TNN": "products",
+        "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16>": "products",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7": "attention",
+        "flash_attention_hopper": "attention",
+        "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc": "convolutions",
+        "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "collectives",
+        "MemcpyD2D": "copies",
+        "loop_add_convert_fusion_3": "elementwise",
+        "input_reduce_fusion": "elementwise",
+        "loop_convert_fusion": "elementwise",
+    }
+    assert {name: bench_profile.component(name) for name in names} == names
+
+
+def test_gaps_lie_between_kernels_that_may_overlap():
+    kernels = [("gemm", 5.0, 2.0), ("MemcpyD2H", 1.0, 3.0), ("fusion", 0.0, 2.0), ("gemm", 8.0, 1.0)]
+    parts, names = bench_profile.add_up(kernels)
+    busy = {name: seconds for name, seconds in parts.items() if seconds}
+    assert busy == {"products": 3.0, "copies": 3.0, "elementwise": 2.0, "gaps": 2.0}
+    assert names == {"gemm": 3.0, "MemcpyD2H": 3.0, "fusion": 2.0}
+    assert bench_profile.add_up([]) == ({}, {})
+
+
 # The command.
 
 
 def test_json_then_compare(pipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Job, "load", lambda job: pipe)  # the same model, compiled already
     file = tmp_path / "before.json"
-    measure = ["--preset", "small", "--repeats", 1, "--only", "rollout,decode,peak_memory"]
+    measure = ["--preset", "small", "--repeats", 1, "--only", "rollout,decode,peak_memory_all"]
     assert command(*measure, "--json", file) == 0
     table = capsys.readouterr().out
     record = json.loads(file.read_text())
     assert [row["name"] for row in record["rows"]] == ["rollout", "decode"]
     assert all(list(row) == FIELDS for row in record["rows"])
-    assert record["left_out"] == ["peak_memory"]
+    assert record["left_out"] == ["peak_memory_all"]
     assert set(record["boundaries"]) == {"rollout", "decode"}
     facts = {"model": "small", "weights": "random", "frames": 13, "height": 16, "width": 24, "devices": 1}
     facts |= {"precision": "float32", "jax": jax.__version__, "repeats": 1, "window": None, "sink": 0}
@@ -137,7 +184,7 @@ def test_json_then_compare(pipe, tmp_path, capsys, monkeypatch):
         "float32",
         "XLA_FLAGS",
         bench.BOUNDARIES["decode"],
-        "peak_memory",
+        "peak_memory_all",
     ]
     unwrapped = " ".join(table.split())
     assert [text for text in shown if text not in unwrapped] == []
@@ -155,11 +202,32 @@ def test_json_then_compare(pipe, tmp_path, capsys, monkeypatch):
     }
 
 
+@pytest.mark.slow
+def test_fresh_processes(capsys):
+    """Two real ones. The second finds what the first compiled."""
+    size = ["--frames", 9, "--height", 32, "--width", 32]
+    status = command(
+        "--preset", "tiny", *size, "--only", "start_cold,start_warm,start_loading", "--json", "-"
+    )
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    rows = {row["name"]: row["median"] for row in json.loads(captured.out)["rows"]}
+    assert set(rows) == {"start_cold", "start_warm", "start_loading"}
+    assert 0 < rows["start_warm"] < rows["start_cold"]
+    assert rows["start_loading"] > 0
+
+
+def test_a_fresh_process_that_fails_says_why(monkeypatch):
+    args = cli._parse(["bench", "--preset", "tiny", "--frames", "9", "--window", "1"])
+    with pytest.raises(RuntimeError, match="window=1 must hold"):
+        bench_start.measure(args)
+
+
 def test_comparison_knows_units():
     row = bench.Row("decode", 3.0, 2.0, 4.0, "s")
     earlier = [bench.Row("decode", 2.0, 2.0, 2.0, "s"), bench.Row("text", 1.0, 1.0, 1.0, "s")]
     assert bench_report.compare([row], {"rows": [r.to_json() for r in earlier]}) == {"decode": 1.5}
-    other = dataclasses.replace(earlier[0], unit="GB").to_json()
+    other = dataclasses.replace(earlier[0], unit="GiB").to_json()
     assert bench_report.compare([row], {"rows": [other]}) == {}
 
 

@@ -39,3 +39,11 @@ def test_a_cache_folder_that_cannot_be_made_is_done_without(tmp_path):
     environ = {"XDG_CACHE_HOME": str(tmp_path / "file")}
     environment.apply(environ)
     assert "JAX_COMPILATION_CACHE_DIR" not in environ
+
+
+def test_memory_is_reserved_unless_others_need_it():
+    environ = {"JAX_COMPILATION_CACHE_DIR": ""}
+    environment.apply(environ)
+    assert "XLA_PYTHON_CLIENT_PREALLOCATE" not in environ
+    environment.apply(environ, reserve=False)
+    assert environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"

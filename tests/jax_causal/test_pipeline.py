@@ -5,7 +5,10 @@ Weights are random and sizes small; what the frames must equal is computed throu
 
 import dataclasses
 import functools
+import gc
 import json
+import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +94,22 @@ def test_stream_yields_a_frame_then_blocks():
     np.testing.assert_array_equal(np.concatenate(chunks), _pipe()(PROMPT, num_frames=21, seed=3).frames)
 
 
+def test_the_first_frame_waits_for_no_other_pass(monkeypatch):
+    """A host can be as long in starting a block as the device with the block before."""
+    passes = []
+    for name in ("denoise_block", "write_context"):
+        original = getattr(rollout, name)
+        monkeypatch.setattr(
+            rollout, name, lambda *args, name=name, run=original: passes.append(name) or run(*args)
+        )
+    chunks = _pipe().stream(PROMPT, num_frames=21)
+    next(chunks)
+    assert passes == ["denoise_block"]
+    # From then on the device has the next block to work on while a chunk is looked at.
+    next(chunks)
+    assert passes == ["denoise_block", "write_context", "denoise_block"]
+
+
 def test_timed_and_untimed_runs_agree():
     phases = []
     timed = _pipe()(PROMPT, num_frames=13, report=lambda phase, seconds: phases.append((phase, seconds)))
@@ -170,6 +189,28 @@ def test_nothing_is_traced_after_warm_up(endless):
             pass
 
 
+def test_200_blocks_trace_nothing_and_leak_nothing():
+    pipe = Pipeline(SMALL, _pipe().params, _pipe().tokenizer, window=4, sink=2)
+    chunks = pipe.stream(PROMPT)
+
+    def held(blocks):
+        """Bytes of all arrays and their number, and of this process, after that many more blocks."""
+        for _ in range(blocks):
+            chunk = next(chunks)
+        del chunk
+        gc.collect()
+        arrays = jax.live_arrays()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return sum(x.nbytes for x in arrays), len(arrays), pages * os.sysconf("SC_PAGE_SIZE")
+
+    held(20)
+    before = held(30)
+    with jax.no_tracing():
+        after = held(150)
+    assert after[:2] == before[:2]
+    assert after[2] - before[2] < 30 * 2**20  # 0.2 MB a block
+
+
 def test_nothing_is_traced_after_warm_up_with_an_image():
     pipe = _pipe(FIRST)
     image = np.zeros((16, 24, 3), np.uint8)
@@ -193,8 +234,30 @@ def test_model_folder_round_trip(tmp_path):
     folder = _write(tmp_path / "model", _pipe())
     loaded = Pipeline.from_pretrained(folder, dtype="float32")
     np.testing.assert_array_equal(loaded(PROMPT, num_frames=13).frames, _pipe()(PROMPT, num_frames=13).frames)
+    embeds = np.zeros((1, 4, 128), np.float32)
+    silent = Pipeline.from_pretrained(folder, dtype="float32", text_encoder=False)
+    assert "text_encoder" not in silent.params
+    np.testing.assert_array_equal(
+        silent(prompt_embeds=embeds, num_frames=5).frames, loaded(prompt_embeds=embeds, num_frames=5).frames
+    )
+    (folder / "tokenizer").mkdir()
+    with pytest.raises(ValueError, match="without its text encoder: pass prompt_embeds"):
+        silent.stream(PROMPT)
     low = Pipeline.from_pretrained(folder)
     assert {leaf.dtype for leaf in jax.tree.leaves(low.params)} == {jnp.dtype("bfloat16")}
+
+
+def test_unrolled_weights_are_loaded_once(tmp_path):
+    """Stacked arrays are gone once they are cut into layers: a device never holds all of both."""
+    folder = _write(tmp_path / "model", _pipe())
+    for load in (Pipeline.from_pretrained, lambda _, **options: Pipeline.random(SMALL, **options)):
+        gc.collect()
+        before = {id(x) for x in jax.live_arrays()}
+        pipe = load(folder, dtype="float32", parallel=SingleDevice(unroll=True))
+        assert transformer.is_unrolled(pipe.params["transformer"])
+        new = [x for x in jax.live_arrays() if id(x) not in before and x.ndim > 1]
+        assert not [x.shape for x in new if x.shape[0] == 2 and x.shape[-1] in (32, 64) and x.ndim == 3]
+    np.testing.assert_array_equal(pipe(PROMPT, num_frames=5).frames, _pipe()(PROMPT, num_frames=5).frames)
 
 
 def test_missing_components_name_the_command(tmp_path):
