@@ -132,7 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     # Bench starts processes that need the device's memory beside it; these are told since when they run.
     alone = args.verb != "bench" or args.since is not None
-    environment.apply(devices=getattr(args, "devices", None), reserve=alone)
+    # Of several processes, each has a share of the devices only; `distributed` sees to that.
+    devices = None if getattr(args, "distributed", False) else getattr(args, "devices", None)
+    environment.apply(devices=devices, reserve=alone)
     from jax_causal import console
 
     try:
@@ -275,6 +277,19 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     model = _model_arguments(parser)
     model.add_argument("--warmup", action="store_true", help="compile before the clock starts")
 
+    several = parser.add_argument_group("several processes, on one host or more")
+    several.add_argument(
+        "--distributed", action="store_true", help="be one of several processes that share the devices of all"
+    )
+    several.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="where process 0 listens (default: the launcher's variables)",
+    )
+    several.add_argument("--num-processes", metavar="N", type=_whole(1), help="of the run")
+    several.add_argument("--process-id", metavar="I", type=_whole(0), help="of this one, from 0")
+    several.add_argument("--timeout", metavar="S", type=_whole(1), help="to wait for the others (60)")
+
 
 def _size_arguments(parser: argparse.ArgumentParser):
     """Options of every verb that is about a video of a certain size."""
@@ -401,7 +416,23 @@ def _explain_sharding(args: argparse.Namespace) -> None:
 def _generate(args: argparse.Namespace) -> None:
     from jax_causal import generate
 
-    generate.run(args, _parallel(args))
+    if not args.distributed:
+        for name in ("coordinator", "num_processes", "process_id", "timeout"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} is for several processes: add --distributed")
+        generate.run(args, _parallel(args))
+        return
+    from sharding import SequenceParallel, distributed
+
+    with distributed.session(
+        args.coordinator,
+        args.num_processes,
+        args.process_id,
+        timeout=args.timeout or 60,
+        devices=args.devices,
+    ) as session:
+        parallel = SequenceParallel(distributed.pick_devices(args.devices), args.strategy or "auto")
+        generate.run(args, parallel, session)
 
 
 def _parallel(args: argparse.Namespace):

@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
+import jaxlib
 
-from jax_causal import checkpoint, estimate, rollout
+from jax_causal import __version__, checkpoint, estimate, rollout
 from jax_causal.config import ModelConfig, TokenizerConfig, preset
 from jax_causal.console import Display, nbytes, warn
 from jax_causal.model_folder import find_model, incomplete
@@ -79,6 +80,19 @@ class Job:
         return {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
 
     @property
+    def agreed(self) -> dict:
+        """What the processes of one run must have in common, as JSON values."""
+        return self.settings | {
+            "model": self.config.name,  # its folder may have another path elsewhere
+            "config": self.config.to_json(),
+            "devices": self.parallel.num_devices,
+            "strategy": self.parallel.name,
+            "jax_causal": __version__,
+            "jax": jax.__version__,
+            "jaxlib": jaxlib.__version__,
+        }
+
+    @property
     def num_blocks(self) -> int:
         """Blocks of the video, given ones included."""
         return len(list(rollout.block_sizes(self.request.num_frames, self.config.sampler)))
@@ -103,17 +117,25 @@ class Job:
         }
 
 
-def run(args: argparse.Namespace, parallel: Parallel) -> None:
+def run(args: argparse.Namespace, parallel: Parallel, session=None) -> None:
     """Generates as the parsed arguments say, run in the way of `parallel`.
+
+    `session` is this process's `sharding.distributed.Session`, if it is one of several; only the first of them
+    writes files and shows anything.
 
     Raises ValueError or OSError for bad input, before the work begins.
     """
-    display = Display(quiet=args.quiet)
+    writes = session is None or session.first
+    display = Display(quiet=args.quiet or not writes)
     prompts = _read_prompts(args)
     job = Job.create(args, parallel, prompts[0])
-    write_json = json_writer(args.json)
-    many = None
-    if args.prompts:
+    if session:
+        session.check_agreement(job.agreed | {"prompts": prompts})
+    write_json = json_writer(args.json if writes else None)
+    many, todo = None, []
+    if not writes:
+        pass  # process 0 knows what is to be done
+    elif args.prompts:
         many = VideoFolder(args.out, prompts, job.settings, overwrite=args.overwrite)
         todo = many.unfinished()
     else:
@@ -122,7 +144,12 @@ def run(args: argparse.Namespace, parallel: Parallel) -> None:
         )  # checks that there is a place to write to
         todo = [(args.out, prompts[0])]
 
-    _announce(job, display)
+    if session:
+        todo = [
+            (Path(path), prompt) for path, prompt in session.broadcast([(str(p), text) for p, text in todo])
+        ]
+    if writes:
+        _announce(job, display)
     if many:
         display.print(f"{len(prompts)} prompts, {len(prompts) - len(todo)} of them finished in {args.out}")
     if not todo:
@@ -139,6 +166,10 @@ def run(args: argparse.Namespace, parallel: Parallel) -> None:
             many.begin()
         for path, prompt in todo:
             timings = Timings(clock, compile_from=compile_from)
+            if not writes:
+                for _ in pipe.stream(prompt, **job.inputs):
+                    pass
+                continue
             label = f"{path.name}  " if many else ""
             with display.progress(timings, job.inputs["num_frames"], job.num_blocks, label=label) as update:
                 with VideoWriter(path, job.config.fps, overwrite=args.overwrite) as writer:

@@ -49,8 +49,11 @@ def decode_chunk(config: VAEConfig, spec: RolloutSpec, params, tokens, state, *,
     latents = rollout.from_tokens(spec, tokens)
     decode = modules.bind(VAE, config, params).decode
     video, state = decode(latents, state, first=first, constrain=spec.parallel.constrain)
+    video = to_uint8(video)
+    if jax.process_count() > 1:  # a process can read only what its own devices hold
+        video = spec.parallel.constrain(video, (None,) * video.ndim)
     # Left alone, what a chunk does not touch comes back whole, and the next chunk compiles once more.
-    return to_uint8(video), tuple(spec.parallel.constrain(x, ACTIVATION_AXES) for x in state)
+    return video, tuple(spec.parallel.constrain(x, ACTIVATION_AXES) for x in state)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "spec"))
@@ -180,9 +183,10 @@ class Pipeline:
         num_frames = num_frames or self.config.num_frames
         chunks = list(self.stream(prompt, num_frames=num_frames, report=report, **inputs))
         frames = np.concatenate(chunks, axis=-4)
+        held = jax.process_index() == 0
         if frames.ndim == 4:
-            return Video(frames, self.config.fps)
-        return [Video(one, self.config.fps) for one in frames]
+            return Video(frames if held else None, self.config.fps)
+        return [Video(one if held else None, self.config.fps) for one in frames]
 
     def stream(
         self,
@@ -202,7 +206,8 @@ class Pipeline:
         """Frames as soon as they are decoded: uint8 [t, H, W, 3], or [B, t, H, W, 3] for a list of prompts.
 
         The first chunk is a single frame, so that it is seen early; the next ends the first block, and every
-        later one is a block. Input is checked before this returns, not when the first chunk is asked for.
+        later one is a block. Of several processes only the first gets frames; the others' chunks have t = 0. Input
+        is checked before this returns, not when the first chunk is asked for.
 
         Args:
           prompt: what the video shows; a list makes a batch. None with `prompt_embeds`.
@@ -355,7 +360,10 @@ class Pipeline:
 
     @staticmethod
     def _to_host(request: Request, frames) -> np.ndarray:
-        frames = np.asarray(frames)
+        if jax.process_index() == 0:
+            frames = np.asarray(frames)
+        else:
+            frames = np.empty((len(frames), 0, *jax.block_until_ready(frames).shape[2:]), np.uint8)
         return frames if request.batched else frames[0]
 
     def _tokenize(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:

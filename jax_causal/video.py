@@ -57,9 +57,9 @@ class Video:
           FileExistsError: the file exists and `overwrite` is not set.
           OSError: the folder is missing or cannot be written to, or the disk is full.
         """
-        path = check_output(path, overwrite=overwrite)
         if self.frames is None:
-            return path
+            return Path(path)  # unchecked: the process that has the frames may have written it already
+        path = check_output(path, overwrite=overwrite)
         if path.suffix in _ENCODERS:
             with VideoWriter(path, self.fps, overwrite=overwrite) as writer:
                 writer.write(self.frames)

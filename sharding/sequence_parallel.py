@@ -64,7 +64,7 @@ class SequenceParallel:
             reason = f"{strategy.name} as the mesh has it"
         else:
             devices = pick_devices(self.devices)
-            memory = _memory(devices[0])
+            memory = _memory(next((d for d in devices if d.process_index == jax.process_index()), None))
             if memory is not None:
                 memory -= work.weight_bytes // (len(devices) if self.shard_params else 1)
             if len(devices) % self.data:
@@ -242,7 +242,7 @@ def _block_of(config: ModelConfig) -> tuple[int, int, int]:
 
 def _memory(device) -> int | None:
     """Bytes that the device lets programs use, or None where it does not say (CPUs)."""
-    return (device.memory_stats() or {}).get("bytes_limit")
+    return ((device and device.memory_stats()) or {}).get("bytes_limit")
 
 
 def _of_mesh(mesh: Mesh, name: str, batch_axis: str, num_heads: int) -> tuple[Strategy, Mesh]:

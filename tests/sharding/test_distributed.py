@@ -1,0 +1,165 @@
+"""Several processes over loopback: the video of one process, and clear ends to what cannot go on."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jax_causal import Pipeline, cli
+from sharding import SequenceParallel, distributed
+from tests.sharding.distributed_worker import PROMPT, SEED, SMALL, STRATEGY
+
+pytestmark = pytest.mark.sp
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("distributed_worker.py")
+LIMIT_S = 90
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def _workers(*argvs):
+    """One process for each list of arguments, with four devices; none outlives the block."""
+    environ = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"} | {
+        "NPROC": "16",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+    }
+    running = []
+    try:
+        for argv in argvs:
+            command = [sys.executable, str(WORKER), *map(str, argv)]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            running.append(subprocess.Popen(command, env=environ, **pipes))
+        yield running
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+def _generate(out, port, process, *more, prompt=PROMPT):
+    place = ("--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id", process)
+    options = ("--preset", "small", "--precision", "float32", "--strategy", STRATEGY, "--devices", 8)
+    return ["generate", prompt, "--out", out, "--distributed", *place, *options, *more]
+
+
+def test_same_video_as_one_process(tmp_path):
+    out, port = tmp_path / "video.npy", _free_port()
+    with _workers(*[("frames", out, i, port) for i in range(2)]) as workers:
+        said = [worker.communicate(timeout=LIMIT_S)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], said
+    assert "holds frames True" in said[0]
+    assert "chunks [(1, 8, 32, 3), (2, 8, 32, 3), (4, 8, 32, 3)]" in said[0]
+    assert "holds frames False" in said[1]
+    assert "chunks [(0, 8, 32, 3), (0, 8, 32, 3), (0, 8, 32, 3)]" in said[1]
+    alone = Pipeline.random(SMALL, dtype="float32", parallel=SequenceParallel(8, STRATEGY))
+    expected = alone(PROMPT, seed=SEED).frames
+    frames = np.load(out)
+    assert frames.shape == expected.shape == (7, 8, 32, 3)
+    assert expected.std() > 5
+    assert np.abs(frames.astype(int) - expected.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_lost_process_ends_the_other(tmp_path, victim):
+    """Whichever dies, in the middle of a video too long to finish."""
+    port = _free_port()
+    argvs = [_generate(tmp_path / "out.mp4", port, i, "--frames", 40_003, "--window", 4) for i in range(2)]
+    with _workers(*argvs) as workers:
+        _wait_for_video(tmp_path, workers)
+        workers[victim].send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        said, _ = workers[1 - victim].communicate(timeout=LIMIT_S)
+    assert time.monotonic() - killed < 30
+    assert workers[1 - victim].returncode not in (0, None)
+    assert f"lost process {victim} ({socket.gethostname()})" in said
+
+
+def _wait_for_video(folder, workers):
+    """Until process 0 writes the first frames, under a temporary name."""
+    end = time.monotonic() + LIMIT_S
+    while not any(folder.iterdir()):
+        gone = [worker for worker in workers if worker.poll() is not None]
+        assert not gone, gone[0].stdout.read()
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_different_configurations_are_named(tmp_path):
+    port = _free_port()
+    argvs = [_generate(tmp_path / "out.mp4", port, i, "--seed", i) for i in range(2)]
+    with _workers(*argvs) as workers:
+        said = [worker.communicate(timeout=LIMIT_S)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [2, 2], said
+    for text in said:
+        assert re.search(r"seed: 0 in process 0, 1 in process 1", text)
+        assert "height" not in text
+    assert not any(tmp_path.iterdir())
+
+
+def test_coordinator_that_does_not_answer(tmp_path):
+    port = _free_port()
+    with _workers(_generate(tmp_path / "out.mp4", port, 1, "--timeout", 1)) as (worker,):
+        said, _ = worker.communicate(timeout=LIMIT_S)
+    assert worker.returncode == 1
+    assert f"no coordinator answers at 127.0.0.1:{port} after 1 s" in said
+
+
+# Where the processes are, from the environment.
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"JAX_COORDINATOR_ADDRESS": "h:12", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"},
+        {"MASTER_ADDR": "h", "MASTER_PORT": "12", "WORLD_SIZE": "3", "RANK": "2"},
+    ],
+)
+def test_environment_is_read(environ):
+    assert distributed.find_place(environ=environ) == distributed.Place("h:12", 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "environ", "message"),
+    [
+        (("h:12",), {}, "--num-processes and --process-id must be given"),
+        ((None, 2, 0), {}, "--coordinator must be given"),
+        (("h", 2, 0), {}, "must be HOST:PORT"),
+        (("h:12", 2, 2), {}, "number them 0 to 1"),
+        ((), {"MASTER_ADDR": "h", "RANK": "0"}, "without MASTER_PORT and WORLD_SIZE"),
+        ((), {"JAX_PROCESS_ID": "0"}, "without JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES"),
+    ],
+)
+def test_incomplete_places(given, environ, message):
+    with pytest.raises(ValueError, match=message):
+        distributed.find_place(*given, environ=environ)
+
+
+def test_devices_are_shared_evenly():
+    assert distributed.share_of(8, 2) == 4
+    with pytest.raises(ValueError, match="use 8 or 10"):
+        distributed.share_of(9, 2)
+
+
+@pytest.mark.parametrize(
+    "option", [("--coordinator", "h:12"), ("--num-processes", "2"), ("--process-id", "0")]
+)
+def test_options_need_distributed(option, capsys):
+    assert cli.main(["generate", "x", "--out", "x.mp4", *option]) == 2
+    assert f"{option[0]} is for several processes: add --distributed" in capsys.readouterr().err
