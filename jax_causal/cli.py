@@ -422,7 +422,7 @@ def _generate(args: argparse.Namespace) -> None:
                 raise ValueError(f"--{name.replace('_', '-')} is for several processes: add --distributed")
         generate.run(args, _parallel(args))
         return
-    from sharding import SequenceParallel, distributed
+    from sharding import SequenceParallel, distributed, processes
 
     with distributed.session(
         args.coordinator,
@@ -431,7 +431,7 @@ def _generate(args: argparse.Namespace) -> None:
         timeout=args.timeout or 60,
         devices=args.devices,
     ) as session:
-        parallel = SequenceParallel(distributed.pick_devices(args.devices), args.strategy or "auto")
+        parallel = SequenceParallel(processes.pick_devices(args.devices), args.strategy or "auto")
         generate.run(args, parallel, session)
 
 

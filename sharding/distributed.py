@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import json
 import os
 import signal
@@ -22,128 +21,12 @@ import time
 from collections.abc import Iterator, Mapping
 
 import jax
-from jax._src import clusters
 from jax._src import distributed as jax_distributed
 
-OPTIONS = {"coordinator": "--coordinator", "num_processes": "--num-processes", "process_id": "--process-id"}
+from sharding.processes import Place, find_place, share_of
+
 BEAT_S, SILENCE_S = 1.0, 10.0  # between beats; after so long without one a process is lost
 _PREFIX = "jax_causal"
-_MISSING = "nothing says which processes there are"
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a process stands among its peers.
-
-    Attributes:
-      coordinator: HOST:PORT that process 0 listens on.
-      num_processes: of the run.
-      process_id: 0 to num_processes - 1.
-      local_devices: indices of the devices to use, where a launcher says so; None: all of the host's.
-    """
-
-    coordinator: str
-    num_processes: int
-    process_id: int
-    local_devices: tuple[int, ...] | None = None
-
-    def __post_init__(self):
-        host, _, port = self.coordinator.rpartition(":")
-        if not host or not port.isdecimal():
-            raise ValueError(f"the coordinator {self.coordinator!r} must be HOST:PORT, like 10.0.0.1:9876")
-        if not 0 <= self.process_id < self.num_processes:
-            raise ValueError(
-                f"process {self.process_id} of {self.num_processes}: number them 0 to {self.num_processes - 1}"
-            )
-
-    @property
-    def address(self) -> tuple[str, int]:
-        host, _, port = self.coordinator.rpartition(":")
-        return host.strip("[]"), int(port)
-
-
-def find_place(
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-    *,
-    environ: Mapping[str, str] = os.environ,
-    timeout: float = 60,
-) -> Place:
-    """The place that the arguments give; without any, the one that the environment gives.
-
-    Variables are read in this order: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; MASTER_ADDR,
-    MASTER_PORT, WORLD_SIZE and RANK; then whatever JAX itself detects (SLURM, Open MPI, TPU pods, ...).
-
-    Raises:
-      ValueError: some of them are given and others not, or nothing is found.
-    """
-    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    if any(value is not None for value in given.values()):
-        missing = [OPTIONS[name] for name, value in given.items() if value is None]
-        if missing:
-            raise ValueError(
-                f"{' and '.join(missing)} must be given as well: all three, or none to detect them"
-            )
-        return Place(coordinator, num_processes, process_id)
-    for names in (
-        ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
-        ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK"),
-    ):
-        if not any(environ.get(name) for name in names):
-            continue
-        if missing := [name for name in names if not environ.get(name)]:
-            present = [name for name in names if environ.get(name)]
-            raise ValueError(
-                f"the environment has {' and '.join(present)} without {' and '.join(missing)}: set all"
-            )
-        *address, total, rank = (environ[name] for name in names)
-        if not (total.isdecimal() and rank.isdecimal()):
-            raise ValueError(f"{names[-2]}={total} and {names[-1]}={rank} must be whole numbers")
-        return Place(":".join(address), int(total), int(rank))
-    try:
-        found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-            None, None, None, None, None, int(timeout)
-        )
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{_MISSING} ({error}): give {', '.join(OPTIONS.values())}") from error
-    address, total, rank, devices = found
-    if address is None or total is None or rank is None:
-        raise ValueError(
-            f"{_MISSING}: give {', '.join(OPTIONS.values())}, or start it with srun, mpirun or torchrun's variables"
-        )
-    return Place(address, total, rank, None if devices is None else tuple(devices))
-
-
-def share_of(devices: int, num_processes: int) -> int:
-    """Devices of each process. Raises ValueError unless all get the same number."""
-    if devices % num_processes:
-        low = devices // num_processes * num_processes
-        near = f"{low} or {low + num_processes}" if low else str(num_processes)
-        raise ValueError(
-            f"{devices} devices cannot be shared evenly by {num_processes} processes (--devices counts those of all): "
-            f"use {near}"
-        )
-    return devices // num_processes
-
-
-def pick_devices(devices: int | None) -> list[jax.Device]:
-    """`devices` of all processes' devices, as many of each: neighbours in the list share a process where they can.
-
-    Raises ValueError where a process has too few.
-    """
-    if devices is None:
-        return jax.devices()
-    share = share_of(devices, jax.process_count())
-    by_process = {}
-    for device in jax.devices():
-        by_process.setdefault(device.process_index, []).append(device)
-    for process, held in sorted(by_process.items()):
-        if len(held) < share:
-            raise ValueError(
-                f"process {process} has {len(held)} devices, {devices} in all need {share} of each"
-            )
-    return [device for _, held in sorted(by_process.items()) for device in held[:share]]
 
 
 def initialize(place: Place, *, timeout: float = 60) -> Session:
@@ -166,25 +49,28 @@ def initialize(place: Place, *, timeout: float = 60) -> Session:
     else:
         # JAX ends the process when its own attempts run out, so whether anybody answers is found out before.
         _wait_for(place, timeout)
-    left = max(1, int(timeout - (time.monotonic() - began)))
-    try:
-        jax.distributed.initialize(
-            place.coordinator,
-            place.num_processes,
-            place.process_id,
-            local_device_ids=place.local_devices,
-            cluster_detection_method="deactivate",
-            initialization_timeout=left,
-            shutdown_timeout_seconds=10,
-        )
-    except RuntimeError as error:
-        if "must be called before" in str(error) or "only be called once" in str(error):
-            raise
+    # JAX aborts where peers do not come within its own limit: it gets none, and is left behind at ours.
+    options = {"local_device_ids": place.local_devices, "cluster_detection_method": "deactivate"}
+    options |= {"initialization_timeout": 24 * 3600, "shutdown_timeout_seconds": 10}
+    raised = []
+
+    def join():
+        try:
+            jax.distributed.initialize(place.coordinator, place.num_processes, place.process_id, **options)
+        except Exception as error:  # handed over
+            raised.append(error)
+
+    joining = threading.Thread(target=join, name="distributed_join", daemon=True)
+    joining.start()
+    joining.join(max(1, timeout - (time.monotonic() - began)))
+    if joining.is_alive():
         raise ConnectionError(
             f"process {place.process_id} of {place.num_processes}: not all processes came to {place.coordinator} "
             f"within {timeout:g} s: start all {place.num_processes}, each with its own --process-id, or allow more "
-            f"with --timeout ({str(error).splitlines()[0]})"
-        ) from error
+            "with --timeout"
+        )
+    if raised:
+        raise raised[0]
     return Session(place, jax_distributed.global_state.client, timeout)
 
 
