@@ -59,6 +59,16 @@ class Shares:
             return self.part
         return jnp.clip(self.tokens - lax.axis_index(SEQ) * self.part, 0, self.part)
 
+    # The two ways that anything travels; inside `shard_map`.
+
+    def all_gather(self, x, axis: int):
+        """What all entries of `seq` hold, joined along `axis`."""
+        return lax.all_gather(x, SEQ, axis=axis, tiled=True)
+
+    def all_to_all(self, x, over: str, split: int, concat: int):
+        """Cuts `x` along one axis, one piece for each device of mesh axis `over`, and joins what arrives along another."""
+        return lax.all_to_all(x, over, split_axis=split, concat_axis=concat, tiled=True)
+
 
 def local_table(frames, shares: Shares, height: int, width: int, head_dim: int):
     """Rotary factors [2, F, m, D/2] of this device's rows, from those of the frame axis [2, F, pairs].
@@ -79,17 +89,20 @@ def local_table(frames, shares: Shares, height: int, width: int, head_dim: int):
 
 
 def attend_gathered(
-    q, k, v, table, cache: KVCache, layer, slots, held, *, layout: CacheLayout, shares, backend
+    q, k, v, table, cache: KVCache, layer, slots, held, *, layout: CacheLayout, shares, backend, overlap
 ):
-    """One all-gather of the block's keys and values, packed; the cache is whole on every device."""
+    """One all-gather of the block's keys and values, packed; the cache is whole on every device.
+
+    With `overlap`, and without a ring, the past is attended to while the block travels.
+    """
     k = rope.rotate(k, table)
     block = _gather(jnp.stack([k, v]), shares)[:, :, :, : shares.tokens]
     q = rope.rotate(q, table)
-    if layout.ring:
+    if layout.ring or not overlap:
         cache = cache.write(layout, layer, slots, *block)
         out = attention(_flat(q), *cache.read(layer), length=layout.part_length(held), backend=backend)
         return out.reshape(q.shape), cache
-    # Without a ring the past is the prefix before the block: it is attended to while the block travels.
+    # Without a ring the past is the prefix before the block.
     past = attention_with_lse(
         _flat(q), *cache.read(layer), length=layout.part_length(slots[0]), backend=backend
     )
@@ -147,21 +160,21 @@ def _gather(x, shares: Shares):
     """[..., F, M, N, D] -> [..., F, seq * M, N, D]."""
     if shares.seq == 1:
         return x
-    return lax.all_gather(x, SEQ, axis=x.ndim - 3, tiled=True)
+    return shares.all_gather(x, x.ndim - 3)
 
 
 def _tokens_for_heads(x, shares: Shares):
     """[..., F, m, N, D] -> [..., F, M, N / heads, D], one all-to-all for everything stacked."""
     if shares.heads == 1:
         return x
-    return lax.all_to_all(x, HEADS, split_axis=x.ndim - 2, concat_axis=x.ndim - 3, tiled=True)
+    return shares.all_to_all(x, HEADS, x.ndim - 2, x.ndim - 3)
 
 
 def _heads_for_tokens(x, shares: Shares):
     """The inverse of `_tokens_for_heads`."""
     if shares.heads == 1:
         return x
-    return lax.all_to_all(x, HEADS, split_axis=x.ndim - 3, concat_axis=x.ndim - 2, tiled=True)
+    return shares.all_to_all(x, HEADS, x.ndim - 3, x.ndim - 2)
 
 
 def _merge_shares(out, lse, shares: Shares):
@@ -171,7 +184,7 @@ def _merge_shares(out, lse, shares: Shares):
     both. Returns [B, F, M, N, D] over all keys.
     """
     packed = jnp.concatenate([out, lse[..., None]], axis=-1)
-    packed = lax.all_to_all(packed, SEQ, split_axis=2, concat_axis=2, tiled=True)
+    packed = shares.all_to_all(packed, SEQ, 2, 2)
     b, f, _, n, d = packed.shape
     packed = packed.reshape(b, f, shares.seq, shares.part, n, d)  # the third axis: which part it comes from
     packed = jnp.moveaxis(packed, 2, 0).reshape(shares.seq, b, f * shares.part, n, d)

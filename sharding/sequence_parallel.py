@@ -38,6 +38,7 @@ class SequenceParallel:
       shard_params: shard the transformer's weights over all devices as well, for models that would not fit.
       backend: attention back end, as in `SingleDevice`.
       parts: parts that `gather` splits its keys into on each device.
+      overlap: whether `gather` attends to the past while the block's keys and values travel, and merges.
       unroll: as in `SingleDevice`.
     """
 
@@ -50,6 +51,7 @@ class SequenceParallel:
     shard_params: bool = False
     backend: str = "auto"
     parts: int = 1
+    overlap: bool = True
     unroll: bool | None = None
 
     def for_model(self, config: ModelConfig) -> Sharded:
@@ -79,6 +81,7 @@ class SequenceParallel:
             shard_params=self.shard_params,
             backend=self.backend,
             parts=self.parts if strategy.gathers else 1,
+            overlap=self.overlap,
             unroll=self.unroll,
             reason=reason,
         )
@@ -99,6 +102,7 @@ class Sharded:
     shard_params: bool = False
     backend: str = "auto"
     parts: int = 1
+    overlap: bool = True
     unroll: bool | None = None
     reason: str = dataclasses.field(default="", compare=False)
 
@@ -186,7 +190,7 @@ class Sharded:
             one = KVCache(cache.k[layer][None], cache.v[layer][None])
             out, one = self.attend_cached(q, k, v, table, one, 0, placement, layout)
             return out, cache.replace_layer(layer, one.k[0], one.v[0])
-        attend = causal_rope_sp.attend_gathered
+        attend = functools.partial(causal_rope_sp.attend_gathered, overlap=self.overlap)
         local = layout
         if not self.strategy.gathers:
             attend = causal_rope_sp.attend_traded

@@ -11,7 +11,15 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # Parity with fp32 goldens needs true fp32 products wherever the tests run.
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "float32")
 
+import jax
 import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """A compiled program keeps hundreds of memory mappings, of which Linux allows a process 65,530; beyond it crashes."""
+    yield
+    jax.clear_caches()
 
 
 def pytest_addoption(parser):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,6 +16,14 @@ from tests.golden_rollout import ATOL, FRAME_TOKENS, ROLLOUTS, GoldenRollout
 from tests.models import golden_transformer
 
 pytestmark = [pytest.mark.golden, pytest.mark.sp]
+
+
+@pytest.fixture(autouse=True)
+def _forget_programs():
+    """No two tests share a program, and all of them together are more than a process can hold."""
+    yield
+    jax.clear_caches()
+
 
 COUNTS = {
     "gather": (1, 2, 3, 4, 5, 6, 7, 8, 16),
