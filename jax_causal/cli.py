@@ -64,6 +64,7 @@ examples:
   jax-causal bench --preset wan-1.3b --json today.json
   jax-causal bench --preset wan-1.3b --compare today.json --only rollout,decode
   jax-causal bench --model FOLDER --devices 8 --strategy hybrid
+  jax-causal bench --preset wan-1.3b --scaling --json scaling.json
 
 Every row says what is inside it. Floors are operations by the speeds that
 large products and attention reach on the same device in the same run.
@@ -309,11 +310,24 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--only", metavar="ROWS", type=_names, help="rows to measure, with commas between (default: all)"
     )
     group.add_argument("--compare", metavar="FILE", type=Path, help="show ratios to what --json wrote before")
+    group.add_argument(
+        "--scaling",
+        action="store_true",
+        help="measure one device and every strategy on --devices (default: all), and project to more",
+    )
+    group.add_argument(
+        "--project", metavar="N", type=_whole(2), default=8, help="devices to project to with --scaling (8)"
+    )
     # How bench starts itself, to measure a fresh process: since when it runs.
     parser.add_argument("--since", type=float, help=argparse.SUPPRESS)
 
 
 def _bench(args: argparse.Namespace) -> None:
+    if args.scaling:
+        from sharding import scaling_report
+
+        scaling_report.run(args)
+        return
     from jax_causal import bench_report
 
     bench_report.run(args, _parallel(args))

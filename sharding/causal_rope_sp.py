@@ -66,7 +66,7 @@ class Shares:
         return lax.all_gather(x, SEQ, axis=axis, tiled=True)
 
     def all_to_all(self, x, over: str, split: int, concat: int):
-        """Cuts `x` along one axis, one piece for each device of mesh axis `over`, and joins what arrives along another."""
+        """Cuts `x` along `split`, a piece for each device of the axis `over`, and joins what arrives along `concat`."""
         return lax.all_to_all(x, over, split_axis=split, concat_axis=concat, tiled=True)
 
 

@@ -145,7 +145,10 @@ def record(plan: Plan) -> dict:
         **{
             f"{name}_{what}_per_layer_s": seconds
             for name, s in _fitting(plan).items()
-            for what, seconds in (("attention", s.attention_seconds(work)), ("sending", _sending(s, work)))
+            for what, seconds in (
+                ("attention", s.attention_seconds(work)),
+                ("sending", s.sending_seconds(work)),
+            )
         },
         "compile_s": plan.compile_s,
         "jax": jax.__version__,
@@ -154,10 +157,6 @@ def record(plan: Plan) -> dict:
 
 def _fitting(plan: Plan) -> dict[str, Strategy]:
     return fitting(plan.strategy.devices, plan.config.transformer.num_heads)
-
-
-def _sending(strategy: Strategy, work: Workload) -> float:
-    return sum(collective.seconds for collective in strategy.collectives(work))
 
 
 # The report.
@@ -285,7 +284,7 @@ def _costs(plan: Plan) -> Table:
             )
             continue
         s = found[name]
-        times = (s.attention_seconds(plan.work), _sending(s, plan.work), s.seconds(plan.work))
+        times = (s.attention_seconds(plan.work), s.sending_seconds(plan.work), s.seconds(plan.work))
         table.add_row(
             name + "  fastest: auto's choice where memory allows" * (s == best),
             f"{s.seq} x {s.heads}",

@@ -24,10 +24,18 @@ from jax_causal.config import TransformerConfig
 
 NAMES = ("gather", "ulysses", "ring", "hybrid")
 
-# The machine that the model assumes, measured on H200s over NVLink: seconds a collective takes however small,
-# bytes a second past each device, what products and attention reach, the multiprocessors that attention fills.
-LATENCY = 1.0e-4
-BANDWIDTH = 3.0e11
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """What joins the devices: seconds that a collective takes however small, and bytes a second past each device."""
+
+    latency: float
+    bandwidth: float
+
+
+# The machine that the model assumes, measured on H200s over NVLink; beside the link, what attention reaches and the
+# multiprocessors that it fills.
+NVLINK = Link(latency=1.0e-4, bandwidth=3.0e11)
 ATTENTION_RATE = 6.0e14
 PROCESSORS = 132
 QUERY_TILE = 128
@@ -49,9 +57,8 @@ class Collective:
     group: int
     what: str = dataclasses.field(default="", compare=False)
 
-    @property
-    def seconds(self) -> float:
-        return LATENCY + self.bytes * (self.group - 1) / self.group / BANDWIDTH
+    def seconds(self, link: Link = NVLINK) -> float:
+        return link.latency + self.bytes * (self.group - 1) / self.group / link.bandwidth
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,12 +163,24 @@ class Strategy:
             heads, keys = heads // self.heads, math.ceil(keys / self.seq)
         flops = 4 * queries * keys * heads * work.config.head_dim
         tiles = math.ceil(queries / QUERY_TILE) * heads
-        fill = max(_fill(tiles * parts) for parts in (1, 2, 4, 8))
-        return flops / (ATTENTION_RATE * fill)
+        return flops / (ATTENTION_RATE * _fill(tiles * _best_parts(tiles)))
+
+    def best_parts(self, work: Workload) -> int:
+        """Parts of the keys with which `gather` fills the card best."""
+        rows = math.ceil(work.tokens * work.frames / self.devices / QUERY_TILE)
+        return _best_parts(rows * work.config.num_heads)
+
+    def sending_seconds(self, work: Workload, link: Link = NVLINK) -> float:
+        """Communication of one layer in one pass."""
+        return sum(c.seconds(link) for c in self.collectives(work))
 
     def seconds(self, work: Workload) -> float:
         """Attention and communication of one layer in one pass; nothing else differs between strategies."""
-        return self.attention_seconds(work) + sum(c.seconds for c in self.collectives(work))
+        return self.attention_seconds(work) + self.sending_seconds(work)
+
+
+def _best_parts(tiles: int) -> int:
+    return max((1, 2, 4, 8), key=lambda parts: _fill(tiles * parts))
 
 
 def _fill(tiles: int) -> float:

@@ -17,7 +17,7 @@ import pytest
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():
-    """A compiled program keeps hundreds of memory mappings, of which Linux allows a process 65,530; beyond it crashes."""
+    """A program keeps hundreds of memory mappings, and beyond 65,530 in a process Linux lets compiling crash."""
     yield
     jax.clear_caches()
 

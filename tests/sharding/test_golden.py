@@ -98,3 +98,9 @@ def test_gather_with_split_keys(parts):
     golden = _golden("rollout_local_sink", "gather", 4, parts=parts)
     np.testing.assert_allclose(golden.run(), golden.data["latents"], atol=ATOL)
     golden.check_cache(ATOL)
+
+
+def test_gather_without_overlap():
+    golden = _golden("rollout_full", "gather", 4, overlap=False)
+    np.testing.assert_allclose(golden.run(), golden.data["latents"], atol=ATOL)
+    golden.check_cache(ATOL)

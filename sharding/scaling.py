@@ -1,0 +1,201 @@
+"""`jax-causal bench --scaling`: one device and several in one run with the same kernels, and a projection to more.
+
+Measured are the rows of `bench` for one device and for every strategy that the devices and heads allow. The
+projection takes the time of one device's share of the rollout, run alone (`sharding.share`), and adds the strategy's
+collectives by latency and bandwidth. It is made for the devices that are there too, beside the measurement, and
+calibrated on it: of the sending, the part that shows there is counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jax_causal import bench, rollout
+from jax_causal.bench import Row
+from jax_causal.config import ModelConfig
+from jax_causal.parallel import Parallel, SingleDevice
+from jax_causal.pipeline import Pipeline
+from jax_causal.vae import num_latent_frames
+from sharding.link import measure_link
+from sharding.sequence_parallel import SequenceParallel
+from sharding.share import Share
+from sharding.strategies import NVLINK, Link, Strategy, Workload, fitting
+
+ROWS = ("rollout", "end_to_end", "first_frame")
+HOW = {
+    "share": "the rollout's own program with one device's rows, heads and keys, timed alone on one device; copies of "
+    "the same shapes stand where its collectives would be",
+    "sending": "all collectives of the rollout, each latency + bytes x (devices - 1) / devices / bandwidth",
+    "together": "share + sending: nothing overlaps",
+    "exposed": "(measured - share) / sending on the devices that are there: the part of the sending that shows, and "
+    "whatever else sharing costs",
+    "calibrated": "share + exposed x sending, for strategies that were measured",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A strategy with the switches it is measured under."""
+
+    strategy: Strategy
+    label: str
+    overlap: bool = True
+    parts: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Rows of one way of running, by name; `way` is None for one device."""
+
+    way: Way | None
+    rows: dict[str, Row]
+
+    @property
+    def devices(self) -> int:
+        return 1 if self.way is None else self.way.strategy.devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """What a rollout is made of on `way.strategy.devices` devices, in seconds.
+
+    Attributes:
+      share: one device's work, measured.
+      sending: all collectives, by the link.
+      measured: the rollout itself, on devices that are there.
+      calibration: of the same strategy on devices that are there, for more of them.
+    """
+
+    way: Way
+    share: float
+    sending: float
+    measured: float | None = None
+    calibration: Projection | None = None
+
+    @property
+    def together(self) -> float:
+        return self.share + self.sending
+
+    @property
+    def exposed(self) -> float | None:
+        """What of `sending` shows, where that was measured."""
+        if self.calibration:
+            return self.calibration.exposed
+        return None if self.measured is None else max(self.measured - self.share, 0) / self.sending
+
+    @property
+    def calibrated(self) -> float | None:
+        return self.share + self.exposed * self.sending if self.calibration else None
+
+
+class Scaling:
+    """The measurements of one model and size, in float seconds of the host's clock.
+
+    Args:
+      config: of the model; its weights are random.
+      precision: name of a dtype.
+      inputs: `num_frames`, `height`, `width` and `seed`, all given.
+      limits: `window` and `sink`.
+      repeats: measurements behind every median.
+      progress: called with what is measured next.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        precision: str,
+        inputs: dict,
+        limits: dict,
+        *,
+        repeats: int = 5,
+        progress: Callable[[str], None] = lambda what: None,
+    ):
+        # Prompts are embeddings here: without a text encoder, memory is for what is measured.
+        self.config = dataclasses.replace(config, text_encoder=None, tokenizer=None)
+        self.precision, self.inputs, self.limits = precision, inputs, limits
+        self.repeats, self.progress = repeats, progress
+
+    def ways(self, devices: int, only: str | None = None) -> list[Way]:
+        """What is measured on so many devices: every strategy that fits, `gather` under each of its switches.
+
+        Raises ValueError for a strategy in `only` that does not fit.
+        """
+        found = fitting(devices, self.config.transformer.num_heads)
+        # Where the heads divide, hybrid is ulysses.
+        found = {name: s for name, s in found.items() if name != "hybrid" or s.seq > 1}
+        if only is not None and only not in found:
+            raise ValueError(f"{only} is nothing to measure on {devices} devices: use {' or '.join(found)}")
+        ways = [Way(s, name) for name, s in found.items() if only in (None, name)]
+        if ways[0].strategy.gathers:
+            (work, _), *_ = self._works()
+            if work.held == self._frames:  # with a ring for a cache nothing overlaps
+                ways.insert(1, dataclasses.replace(ways[0], label="gather, no overlap", overlap=False))
+            if (parts := ways[0].strategy.best_parts(work)) > 1 and work.tokens % parts == 0:
+                ways.insert(1, dataclasses.replace(ways[0], label=f"gather, keys in {parts}", parts=parts))
+        return ways
+
+    def single(self) -> Measured:
+        """One device."""
+        self.progress("one device")
+        return Measured(None, self._rows(SingleDevice(), ROWS))
+
+    def measure(self, way: Way, devices: Sequence[jax.Device]) -> Measured:
+        """A way of running on the devices."""
+        self.progress(f"{way.label} on {len(devices)} devices")
+        options = {"overlap": way.overlap, "parts": way.parts}
+        return Measured(way, self._rows(SequenceParallel(devices, way.strategy.name, **options), ROWS))
+
+    def link(self, devices: Sequence[jax.Device]) -> tuple[Link, str]:
+        """Of the devices, measured; of one alone, the cost model's. With the word for which it is."""
+        if len(devices) == 1:
+            return NVLINK, "assumed"
+        self.progress("link")
+        return measure_link(devices, jnp.dtype(self.precision), self.repeats), "measured"
+
+    def project(
+        self,
+        way: Way,
+        link: Link,
+        *,
+        measured: Measured | None = None,
+        calibration: Projection | None = None,
+    ) -> Projection:
+        """The projection of a way of running; see `Projection` for `measured` and `calibration`."""
+        layers = self.config.transformer.num_layers
+        sending = sum(
+            passes * layers * way.strategy.sending_seconds(work, link) for work, passes in self._works()
+        )
+        took = measured and measured.rows["rollout"].median
+        return Projection(way, self._share(way), sending, took, calibration)
+
+    def _share(self, way: Way) -> float:
+        self.progress(f"one of {way.strategy.devices} shares, {way.label}")
+        options = {"overlap": way.overlap, "parts": way.parts}
+        share = Share.create(way.strategy, jax.devices()[0], **options)
+        return self._rows(share, ["rollout"])["rollout"].median
+
+    def _rows(self, parallel: Parallel, names) -> dict[str, Row]:
+        pipe = Pipeline.random(self.config, dtype=self.precision, parallel=parallel, **self.limits)
+        rows = bench.run(pipe, **self.inputs, repeats=self.repeats, only=names)
+        return {row.name: row for row in rows}
+
+    def _works(self) -> list[tuple[Workload, int]]:
+        """(workload, passes) of every block of the rollout, all context passes included."""
+        config, sampler = self.config, self.config.sampler
+        step = config.transformer.patch_size * config.vae.spatial_factor
+        tokens = (self.inputs["height"] // step) * (self.inputs["width"] // step)
+        frames = self._frames
+        size = jnp.dtype(self.precision).itemsize
+        held = min(self.limits["window"] or frames, frames)
+        return [
+            (Workload(config.transformer, tokens, count, held, size), len(sampler.steps) + 1)
+            for _, count in rollout.block_sizes(frames, sampler)
+        ]
+
+    @property
+    def _frames(self) -> int:
+        return num_latent_frames(self.config.vae, self.inputs["num_frames"])

@@ -1,0 +1,163 @@
+"""The scaling benchmark as a table or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from rich.table import Table
+from rich.text import Text
+
+from jax_causal.bench import BOUNDARIES
+from jax_causal.console import note, report
+from jax_causal.generate import Job
+from jax_causal.outputs import json_writer
+from jax_causal.parallel import SingleDevice
+from sharding.mesh import pick_devices
+from sharding.scaling import HOW, ROWS, Measured, Projection, Scaling, Way
+from sharding.strategies import Link
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures as the parsed arguments say: JSON where asked for, and a report unless that is on standard output.
+
+    Raises ValueError or OSError for bad input, before the work begins.
+    """
+    for name in ("only", "compare"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} is not for --scaling: it measures all of its rows, in one run")
+    job = Job.create(args, SingleDevice(), "any prompt")
+    devices = pick_devices(args.devices)
+    write_json = json_writer(args.json)
+    inputs = {name: job.inputs[name] for name in ("num_frames", "height", "width", "seed")}
+    scaling = Scaling(
+        job.config,
+        job.precision,
+        inputs,
+        job.limits,
+        repeats=args.repeats,
+        progress=lambda what: note(f"measuring {what}"),
+    )
+    only = None if args.strategy in (None, "auto") else args.strategy
+    here = scaling.ways(len(devices), only) if len(devices) > 1 else []
+    there = scaling.ways(args.project, only) if args.project != len(devices) else []
+
+    measured = [scaling.single(), *(scaling.measure(way, devices) for way in here)]
+    link, source = scaling.link(devices)
+    projections = [scaling.project(one.way, link, measured=one) for one in measured[1:]]
+    like = {_kind(projection.way): projection for projection in projections}
+    projections += [scaling.project(way, link, calibration=like.get(_kind(way))) for way in there]
+    record = job.facts() | {
+        "frames": inputs["num_frames"],
+        **job.limits,
+        "devices": len(devices),
+        "strategy": args.strategy or "all",
+        "repeats": args.repeats,
+        "weights": "random",
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "rows": _rows(measured),
+        "boundaries": {name: BOUNDARIES[name] for name in ROWS},
+        "link": source,
+        "link_latency_s": link.latency,
+        "link_bandwidth_bytes_per_s": link.bandwidth,
+        "projection": _projected(projections, measured[0]),
+        "how": HOW,
+    }
+    write_json(record)
+    if args.json != "-":
+        report(*_sections(record, measured, projections, link))
+
+
+def _kind(way: Way) -> tuple:
+    """What makes ways alike on any number of devices."""
+    return way.strategy.name, way.overlap, way.parts > 1
+
+
+def _rows(measured: list[Measured]) -> list[dict]:
+    """Every row with the way it was run, and how much faster than one device it is."""
+    single = measured[0].rows
+    return [
+        {"strategy": one.way.label if one.way else "single", "devices": one.devices}
+        | one.rows[name].to_json()
+        | {"speedup": single[name].median / one.rows[name].median}
+        for one in measured
+        for name in ROWS
+    ]
+
+
+def _projected(projections: list[Projection], single: Measured) -> list[dict]:
+    alone = single.rows["rollout"].median
+    return [
+        {
+            "strategy": p.way.label,
+            "devices": p.way.strategy.devices,
+            "share_s": p.share,
+            "sending_s": p.sending,
+            "together_s": p.together,
+            "together_speedup": alone / p.together,
+            "measured_s": p.measured,
+            "exposed": p.exposed,
+            "calibrated_s": p.calibrated,
+            "calibrated_speedup": p.calibrated and alone / p.calibrated,
+        }
+        for p in projections
+    ]
+
+
+def _sections(record: dict, measured: list[Measured], projections: list[Projection], link: Link) -> list:
+    title = Text.assemble(
+        (record["model"], "bold"),
+        f" · {record['frames']} frames of {record['width']} x {record['height']} pixels"
+        f" · {record['precision']} on {record['devices']} x {record['device_kind']}",
+    )
+    setting = (
+        f"random weights · median of {record['repeats']} warm runs · jax {record['jax']}\n"
+        f"XLA_FLAGS {record['xla_flags'] or 'none'}"
+    )
+    reach = f"{link.latency * 1e6:.0f} us and {link.bandwidth / 1e9:.3g} GB/s"
+    origin = "measured on these devices" if record["link"] == "measured" else "assumed: there is one device"
+    sections = [title, Text(setting, "dim"), "", _measured_table(measured, record["rows"]), ""]
+    sections += [Text(f"{name}: {BOUNDARIES[name]}", "dim") for name in ROWS]
+    sections += [
+        "",
+        Text.assemble(("Projection", "bold"), f" of the rollout, not a measurement; link {reach}, {origin}"),
+    ]
+    sections += [_projected_table(record["projection"]), ""]
+    return sections + [Text(f"{name}: {text}", "dim") for name, text in HOW.items()]
+
+
+def _measured_table(measured: list[Measured], rows: list[dict]) -> Table:
+    table = _table("measured", "devices", *(cell for name in ROWS for cell in (name, "")))
+    for index, one in enumerate(measured):
+        mine = rows[index * len(ROWS) : (index + 1) * len(ROWS)]
+        cells = [cell for row in mine for cell in (_seconds(row["median"]), f"{row['speedup']:.2f} x")]
+        table.add_row(mine[0]["strategy"], str(one.devices), *cells)
+    return table
+
+
+def _projected_table(projected: list[dict]) -> Table:
+    names = ("share", "sending", "together", "", "measured", "exposed", "calibrated", "")
+    table = _table("projection", "devices", *names)
+    for p in projected:
+        table.add_row(
+            p["strategy"],
+            str(p["devices"]),
+            *(_seconds(p[name]) for name in ("share_s", "sending_s", "together_s")),
+            f"{p['together_speedup']:.2f} x",
+            "" if p["measured_s"] is None else _seconds(p["measured_s"]),
+            "" if p["exposed"] is None else f"{p['exposed']:.2f}",
+            "" if p["calibrated_s"] is None else _seconds(p["calibrated_s"]),
+            "" if p["calibrated_s"] is None else f"{p['calibrated_speedup']:.2f} x",
+        )
+    return table
+
+
+def _table(*names: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for index, name in enumerate(names):
+        table.add_column(name, justify="right" if index else "left")
+    return table
+
+
+def _seconds(value: float) -> str:
+    return f"{value:#.4g} s" if value >= 0.001 else f"{value:.6f} s"

@@ -1,0 +1,176 @@
+"""`jax-causal bench --scaling`: a share is what a device really does, projections add up, and the command shows both.
+
+Shares are held against the compiled programs of sharded rollouts. No time is tested.
+"""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jax_causal import bench, cli, environment, rollout
+from jax_causal.bench import Row
+from jax_causal.config import PRESETS, SamplerConfig, TransformerConfig, VAEConfig
+from jax_causal.rollout import RolloutSpec
+from sharding.compiled import abstract_block, device_bytes
+from sharding.hlo import Program
+from sharding.link import measure_link
+from sharding.scaling import Measured, Scaling, Way
+from sharding.share import Share
+from sharding.strategies import Link, Strategy
+from tests.sharding import seeded
+
+pytestmark = pytest.mark.sp
+
+SMALL = dataclasses.replace(
+    PRESETS["tiny"],
+    name="small",
+    transformer=TransformerConfig(dim=32, num_layers=1, num_heads=4, ffn_dim=32, text_dim=16, text_length=8),
+    vae=VAEConfig(dim=8, multipliers=(1, 1), num_res_blocks=1, temporal_downsample=(True,)),
+    sampler=SamplerConfig(frames_per_block=2, steps=(1000, 500)),
+    height=8,
+    width=32,
+    num_frames=7,
+)
+INPUTS = {"num_frames": 7, "height": 8, "width": 32, "seed": 0}  # 4 latent frames of 16 tokens
+LIMITS = {"window": None, "sink": 0}
+
+
+# A share.
+
+
+def _block(parallel):
+    """A compiled denoising step and its arguments' bytes: weights, cache, text."""
+    spec = RolloutSpec.create(seeded.CONFIG, seeded.SAMPLER, (6, 20), 8, parallel=parallel)
+    arguments = abstract_block(spec, jnp.float32)
+    compiled = rollout.denoise_block.lower(spec, *arguments).compile()
+    return compiled, [device_bytes(tree) for tree in arguments[:3]]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [("gather", 8), ("ring", 8), ("ulysses", 4), ("hybrid", (1, 2, 4)), ("ring", 7)],
+    ids=seeded.label,
+)
+def test_a_share_is_what_one_device_does(case):
+    """As many operations and bytes as the real program has on its first device, and nothing sent."""
+    real = seeded.parallel(case, unroll=False)
+    share = Share.create(real.strategy, jax.devices()[0], unroll=False)
+    expected, expected_bytes = _block(real)
+    found, found_bytes = _block(share)
+    assert Program(expected.as_text()).sent()
+    assert not Program(found.as_text()).sent()
+    assert found_bytes == expected_bytes
+    assert found.cost_analysis()["flops"] == pytest.approx(expected.cost_analysis()["flops"], rel=0.05)
+
+
+# The link, and the sum.
+
+
+def test_link_is_measured():
+    link = measure_link(jax.devices()[:2], jnp.float32, repeats=1)
+    assert link.latency > 0
+    assert link.bandwidth > 0
+    with pytest.raises(ValueError, match="two devices"):
+        measure_link(jax.devices()[:1], jnp.float32)
+
+
+def _rows(seconds) -> dict[str, Row]:
+    return {name: Row(name, seconds, seconds, seconds, "s") for name in ("rollout",)}
+
+
+def test_projection_by_hand(monkeypatch):
+    """2 blocks x 3 passes x 1 layer of one all-gather: keys and values of 2 x 16 tokens of 32 channels, float32."""
+    scaling = Scaling(SMALL, "float32", INPUTS, LIMITS)
+    monkeypatch.setattr(scaling, "_rows", lambda parallel, names: _rows(1.5 / parallel.num_devices))
+    link = Link(latency=0.01, bandwidth=8192.0)
+    here, there = (Way(Strategy("gather", n, 1), "gather") for n in (2, 4))
+    two = scaling.project(here, link, measured=Measured(here, _rows(2.0)))
+    assert two.share == 0.75
+    assert two.sending == pytest.approx(6 * (0.01 + 8192 / 2 / 8192))
+    assert two.together == pytest.approx(0.75 + 3.06)
+    assert two.exposed == pytest.approx(1.25 / 3.06)
+    assert two.calibrated is None
+    four = scaling.project(there, link, calibration=two)
+    assert four.sending == pytest.approx(6 * (0.01 + 8192 * 3 / 4 / 8192))
+    assert four.calibrated == pytest.approx(0.375 + 4.56 * 1.25 / 3.06)
+    alone = scaling.project(there, link)
+    assert (alone.exposed, alone.calibrated) == (None, None)
+
+
+def test_ways():
+    """4 heads: hybrid is ulysses on 2 and 4 devices and something of its own on 8."""
+    scaling = Scaling(SMALL, "float32", INPUTS, LIMITS)
+    names = {n: [way.label for way in scaling.ways(n)] for n in (2, 3, 8)}
+    gathers = ["gather", "gather, keys in 8", "gather, no overlap"]
+    assert names == {2: [*gathers, "ring", "ulysses"], 3: [*gathers, "ring"], 8: [*gathers, "ring", "hybrid"]}
+    assert [way.label for way in scaling.ways(2, "ring")] == ["ring"]
+    with pytest.raises(ValueError, match="ulysses is nothing to measure on 3 devices: use gather or ring"):
+        scaling.ways(3, "ulysses")
+    ring = Scaling(SMALL, "float32", INPUTS, {"window": 2, "sink": 0})
+    assert "gather, no overlap" not in [way.label for way in ring.ways(2)]
+
+
+# The command.
+
+
+@pytest.fixture(autouse=True)
+def _presets(monkeypatch):
+    monkeypatch.setattr(environment, "apply", lambda *args, **kwargs: None)
+    monkeypatch.setitem(PRESETS, "small", SMALL)
+
+
+def command(*argv) -> int:
+    return cli.main(["bench", "--preset", "small", "--repeats", "1", *map(str, argv)])
+
+
+def test_command(tmp_path, capsys):
+    path = tmp_path / "scaling.json"
+    assert command("--scaling", "--devices", 2, "--strategy", "ring", "--project", 4, "--json", path) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Projection of the rollout, not a measurement" in text
+    assert "measured on these devices" in text
+    record = json.loads(path.read_text())
+    rows = {(row["strategy"], row["devices"], row["name"]): row for row in record["rows"]}
+    assert set(rows) == {
+        (*way, name)
+        for way in (("single", 1), ("ring", 2))
+        for name in ("rollout", "end_to_end", "first_frame")
+    }
+    for way, devices, name in rows:
+        row = rows[way, devices, name]
+        assert row["speedup"] == pytest.approx(rows["single", 1, name]["median"] / row["median"])
+        assert f"{row['speedup']:.2f} x" in text
+    assert {"link_latency_s", "link_bandwidth_bytes_per_s", "how", "boundaries"} <= set(record)
+    two, four = record["projection"]
+    assert [p["devices"] for p in (two, four)] == [2, 4]
+    assert two["measured_s"] == rows["ring", 2, "rollout"]["median"]
+    assert four["measured_s"] is None
+    assert four["exposed"] == two["exposed"]
+    assert four["calibrated_s"] == pytest.approx(four["share_s"] + four["exposed"] * four["sending_s"])
+
+
+def test_one_device_projects_from_the_assumed_link(capsys):
+    assert command("--scaling", "--devices", 1, "--strategy", "hybrid", "--project", 8, "--json", "-") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["link"], record["link_latency_s"]) == ("assumed", 1e-4)
+    (hybrid,) = record["projection"]
+    assert hybrid["calibrated_s"] is None
+    assert hybrid["together_s"] == pytest.approx(hybrid["share_s"] + hybrid["sending_s"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--only", "rollout"), "--only is not for --scaling"),
+        (("--strategy", "ulysses", "--devices", 3), "ulysses is nothing to measure on 3 devices"),
+        (("--strategy", "spiral"), "spiral is nothing to measure on 16 devices: use gather or ring or"),
+        (("--devices", 17), "use 1 to 16"),
+    ],
+)
+def test_bad_input(argv, message, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "run", None)
+    assert command("--scaling", *argv) == 2
+    assert message in capsys.readouterr().err
