@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +21,7 @@ from jax_causal.config import ModelConfig, TokenizerConfig, preset
 from jax_causal.console import Display, nbytes, warn
 from jax_causal.model_folder import find_model, incomplete
 from jax_causal.outputs import VideoFolder, json_writer
-from jax_causal.parallel import Parallel
+from jax_causal.parallel import Parallel, SingleDevice
 from jax_causal.pipeline import Pipeline
 from jax_causal.request import Request, prepare
 from jax_causal.timings import CompileClock, Timings
@@ -67,8 +68,12 @@ class Job:
         }
         limits = {"window": args.window, "sink": args.sink}
         unused = dict.fromkeys(("prompt_embeds", "noise", "renoise"))
-        parallel = parallel.for_model(config)
-        request = prepare(config, parallel=parallel, prompt=prompt, **inputs, **limits, **unused)
+        check = functools.partial(prepare, config, prompt=prompt, **limits, **unused)
+        # How to run may depend on the size, and on what will be cached of it.
+        bare = check(parallel=SingleDevice(), **(inputs | {"image": None, "video": None}))
+        sized = dataclasses.replace(config, height=inputs["height"], width=inputs["width"])
+        parallel = parallel.for_model(sized, held=bare.spec.layout.capacity)
+        request = check(parallel=parallel, **inputs)
         return cls(config, folder, precision, inputs, parallel, limits, request)
 
     @property

@@ -41,8 +41,9 @@ class Parallel(Protocol):
     def unrolled(self) -> bool:
         """Whether layers run unrolled over per-layer arrays instead of a scan over stacked ones."""
 
-    def for_model(self, config: ModelConfig) -> Parallel:
-        """The form that runs this model, with everything settled that depends on its sizes."""
+    def for_model(self, config: ModelConfig, *, held: int | None = None) -> Parallel:
+        """The form that runs this model, with everything settled that depends on its sizes; `held` latent frames are
+        cached (default: as many as the model was trained on)."""
 
     def shardings(self, abstract, component: str = "transformer"):
         """A sharding for every leaf of a component's parameters, a nested dict of `jax.ShapeDtypeStruct`; for the
@@ -100,7 +101,7 @@ class SingleDevice:
     def unrolled(self) -> bool:
         return jax.default_backend() == "gpu" if self.unroll is None else self.unroll
 
-    def for_model(self, config):
+    def for_model(self, config, *, held=None):
         return self
 
     def shardings(self, abstract, component="transformer"):

@@ -17,7 +17,6 @@ from sharding.mesh import SEQ, make_mesh
 from sharding.strategies import Link
 
 
-
 def measure_link(devices: Sequence[jax.Device], dtype, repeats: int = 5) -> Link:
     """All-gathers in a loop on the devices, so that no launch is in the time: tiny ones for the latency, large ones
     for the bandwidth. Medians of `repeats` loops.

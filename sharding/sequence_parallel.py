@@ -54,13 +54,13 @@ class SequenceParallel:
     overlap: bool = True
     unroll: bool | None = None
 
-    def for_model(self, config: ModelConfig) -> Sharded:
-        """The settled form for a model.
+    def for_model(self, config: ModelConfig, *, held: int | None = None) -> Sharded:
+        """The settled form for a model: `auto` judges by the video size of `config` and by `held` cached frames.
 
         Raises:
           ValueError: more devices than there are, or a strategy that heads or mesh do not allow.
         """
-        work = Workload(config.transformer, *_block_of(config))
+        work = Workload(config.transformer, *_block_of(config, held))
         if self.mesh is not None:
             strategy, mesh = _of_mesh(self.mesh, self.strategy, self.batch_axis, config.transformer.num_heads)
             reason = f"{strategy.name} as the mesh has it"
@@ -118,7 +118,7 @@ class Sharded:
     def num_devices(self) -> int:
         return self.mesh.size
 
-    def for_model(self, config: ModelConfig) -> Sharded:
+    def for_model(self, config, *, held=None):
         return self
 
     def shares(self, tokens: int) -> Shares:
@@ -237,11 +237,11 @@ class Sharded:
         return jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, **options)
 
 
-def _block_of(config: ModelConfig) -> tuple[int, int, int]:
-    """(tokens of a frame, frames of a block, frames held) of the model's default video."""
+def _block_of(config: ModelConfig, held: int | None) -> tuple[int, int, int]:
+    """(tokens of a frame, frames of a block, frames held)."""
     step = config.transformer.patch_size * (config.vae.spatial_factor if config.vae else 8)
     tokens = (config.height // step) * (config.width // step)
-    return tokens, config.sampler.frames_per_block, config.sampler.trained_frames
+    return tokens, config.sampler.frames_per_block, held or config.sampler.trained_frames
 
 
 def _memory(device) -> int | None:

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
+from jax_causal import cli
 from jax_causal.config import PRESETS, TransformerConfig
+from jax_causal.generate import Job
 from sharding import STRATEGIES, SequenceParallel
 from sharding.mesh import pick_devices
 from sharding.strategies import Collective, Strategy, Workload, choose, fitting
@@ -115,6 +117,26 @@ def test_auto_counts_the_weights_in(monkeypatch):
         limit = int(beside_weights + 2.8e9)
         monkeypatch.setattr("sharding.sequence_parallel._memory", lambda device, limit=limit: limit)
         assert SequenceParallel(2).for_model(WAN).strategy.gathers == gathers
+
+
+def test_auto_judges_by_the_size_asked_for(monkeypatch):
+    """A cache of 6.04 GB does not fit beside the weights; one of a window of 9 frames, or of small ones, does."""
+    monkeypatch.setattr("sharding.sequence_parallel._memory", lambda device: int(6e9 + 2.8e9))
+    assert not SequenceParallel(2).for_model(WAN).strategy.gathers
+    assert SequenceParallel(2).for_model(WAN, held=9).strategy.gathers
+    small = dataclasses.replace(WAN, height=240, width=416)
+    assert SequenceParallel(2).for_model(small).strategy.gathers
+    assert not SequenceParallel(2).for_model(small, held=84).strategy.gathers
+
+
+@pytest.mark.parametrize(
+    ("options", "gathers"),
+    [((), False), (("--window", "9"), True), (("--height", "240", "--width", "416"), True)],
+)
+def test_generate_tells_auto_what_is_asked_for(options, gathers, monkeypatch):
+    monkeypatch.setattr("sharding.sequence_parallel._memory", lambda device: int(6e9 + 2.8e9))
+    args = cli._parse(["generate", "x", "--out", "x.mp4", "--preset", "wan-1.3b", *options])
+    assert Job.create(args, SequenceParallel(2), "x").parallel.strategy.gathers == gathers
 
 
 # Formulas.
