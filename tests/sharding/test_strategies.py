@@ -1,6 +1,7 @@
 """The choice of a strategy, its formulas on cases worked out by hand, and what it refuses."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ from jax.sharding import AxisType, Mesh
 
 from jax_causal import cli
 from jax_causal.config import PRESETS, TransformerConfig
+from jax_causal.console import nbytes
 from jax_causal.generate import Job
 from sharding import STRATEGIES, SequenceParallel
 from sharding.mesh import pick_devices
@@ -181,6 +183,24 @@ def test_formulas_with_short_shares_by_hand():
 @pytest.mark.parametrize("name", ["gather", "ring", "ulysses"])
 def test_one_device_sends_nothing(name):
     assert choose(name, 1, BLOCK)[0].collectives(BLOCK) == []
+
+
+def test_the_memory_table_of_the_readme():
+    """Its cells are what the formulas say, which the compiled programs are held against elsewhere."""
+    text = Path(__file__).parents[2].joinpath("README.md").read_text()
+    ways = {"one device alone": Strategy("gather", 1, 1)}
+    ways |= {f"`{name}`": name for name in STRATEGIES}
+    for label, way in ways.items():
+        cells = []
+        for preset in ("wan-1.3b", "wan-14b"):
+            work = dataclasses.replace(BLOCK, config=PRESETS[preset].transformer)
+            strategy = way if isinstance(way, Strategy) else fitting(8, work.config.num_heads).get(way)
+            if strategy is None:
+                cells += ["12 heads do not divide", ""]
+            else:
+                cells += [nbytes(strategy.cache_bytes(work)), nbytes(strategy.activation_bytes(work))]
+        row = " | ".join([label, *cells])
+        assert f"| {row} |".replace("  ", " ") in text
 
 
 def test_weights_of_the_presets():
