@@ -106,6 +106,7 @@ class Session:
     def __init__(self, place: Place, client, timeout: float):
         self.place, self._client, self._timeout = place, client, timeout
         self._stop, self._agreed = threading.Event(), True
+        self._telling = threading.Lock()  # so that no beat follows a last word
         self._hosts = {}
         self._heard = time.monotonic()
         self._abort = None
@@ -170,15 +171,12 @@ class Session:
         if self._agreed and isinstance(error, RuntimeError):
             # A broken collective is noticed before the silence is.
             time.sleep(SILENCE_S + 3 * BEAT_S)
-        if not self._agreed:
-            self._part()
-            return
-        self._stop.set()
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        with contextlib.suppress(Exception):
-            self._set(f"beat/{self.place.process_id}", f"it ended with {reason}")
-        if self.first:  # with it goes the store: leave the others time to read
-            time.sleep(3 * BEAT_S)
+        if self._agreed:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            with self._telling, contextlib.suppress(Exception):
+                self._stop.set()
+                self._set(f"beat/{self.place.process_id}", f"it ended with {reason}")
+        self._part()  # the others come to it when they have read that
 
     def _part(self) -> None:
         self._stop.set()
@@ -190,7 +188,10 @@ class Session:
         while not self._stop.wait(BEAT_S):
             count += 1
             try:
-                self._set(f"beat/{self.place.process_id}", str(count))
+                with self._telling:
+                    if self._stop.is_set():
+                        return
+                    self._set(f"beat/{self.place.process_id}", str(count))
                 beats = dict(self._client.key_value_dir_get(f"{_PREFIX}/beat"))
             except Exception:  # whatever a client raises that cannot reach its service
                 continue
@@ -199,7 +200,7 @@ class Session:
             for peer in self._hosts:
                 beat = beats.get(peer, "0")
                 if not beat.isdecimal():
-                    self._lost(peer, beat)
+                    self._lost(peer, beat, told=True)
                 if seen.get(peer, (None,))[0] != beat:
                     seen[peer] = beat, now
                 elif now - seen[peer][1] > SILENCE_S and peer != self.place.process_id:
@@ -216,11 +217,16 @@ class Session:
             self._lost(0, f"the coordinator at {self.place.coordinator} is gone; its own output says more")
         os._exit(1)
 
-    def _lost(self, peer: int, why: str) -> None:
-        if not self._stop.is_set():
-            # Straight to the file: other threads may hold Python's streams.
-            os.write(2, f"error: lost process {peer} ({self._hosts.get(peer)}): {why}\n".encode())
-            os._exit(1)
+    def _lost(self, peer: int, why: str, *, told: bool = False) -> None:
+        """Ends this process. A peer that has `told` so itself waits for the others to part."""
+        if self._stop.is_set():
+            return
+        self._stop.set()
+        # Straight to the file: other threads may hold Python's streams.
+        os.write(2, f"error: lost process {peer} ({self._hosts.get(peer)}): {why}\n".encode())
+        if told:
+            self._part()
+        os._exit(1)
 
     def _set(self, key: str, value: str) -> None:
         self._client.key_value_set(f"{_PREFIX}/{key}", value, allow_overwrite=True)

@@ -113,6 +113,17 @@ def test_different_configurations_are_named(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_why_a_process_ended_is_told_to_the_others(tmp_path):
+    """Only process 0 looks at the output, and there is a file already."""
+    out, port = tmp_path / "out.mp4", _free_port()
+    out.write_bytes(b"kept")
+    with _workers(*[_generate(out, port, i) for i in range(2)]) as workers:
+        said = [worker.communicate(timeout=LIMIT_S)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [2, 1], said
+    assert f"lost process 0 ({socket.gethostname()}): it ended with FileExistsError" in said[1]
+    assert out.read_bytes() == b"kept"
+
+
 @pytest.mark.parametrize(
     ("process", "message"),
     [
