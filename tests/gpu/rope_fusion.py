@@ -14,39 +14,49 @@ import gzip
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 import sharding
-from jax_causal import attention, attention_hopper, cache, config, parallel, rollout, rope, transformer
-from sharding import causal_rope_sp, sequence_parallel
+from jax_causal import attention_hopper, config, rollout
+from sharding.compiled import abstract_block
 from sharding.hlo import Instruction, Program
 
 FIXTURE = Path(__file__).with_name("rope_fusion.hlo.gz")
-SOURCES = (
-    rope,
-    attention,
-    attention_hopper,
-    cache,
-    parallel,
-    transformer,
-    rollout,
-    causal_rope_sp,
-    sequence_parallel,
-)
 LAYERS = 2
+# Versions of jax write these in different ways; what is computed does not depend on them.
+_MOVES = ("slice", "squeeze", "unstack")
 
 
 def fingerprint() -> str:
-    """SHA-256 of the code that the program comes from, comments and docstrings left out."""
-    trees = (ast.parse(Path(module.__file__).read_text()) for module in SOURCES)
-    return hashlib.sha256("\n".join(map(_written_out, trees)).encode()).hexdigest()
+    """SHA-256 of the program as traced, with plain attention in the kernel's place, and of the kernel's code."""
+    spec, arguments = _block("xla")
+    traced = jax.make_jaxpr(lambda *x: rollout.denoise_block(spec, *x))(*arguments)
+    kernel = _written_out(ast.parse(Path(attention_hopper.__file__).read_text()))
+    return hashlib.sha256("\n".join([*_operations(traced.jaxpr), kernel]).encode()).hexdigest()
+
+
+def _operations(jaxpr) -> Iterator[str]:
+    """Every primitive with the types of its results, in order, those of inner programs included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name not in _MOVES:
+            types = (
+                f"{getattr(v.aval, 'dtype', '')}{getattr(v.aval, 'shape', '')}" for v in equation.outvars
+            )
+            yield f"{equation.primitive.name}: {', '.join(types)}"
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from _operations(inner)
 
 
 def _written_out(node) -> str:
-    """A syntax tree as text that is the same under every version of Python: what is empty is left out."""
+    """A syntax tree as text, without comments and docstrings, that is the same under every version of Python: what is
+    empty is left out."""
     if isinstance(node, list):
         return "".join(map(_written_out, node))
     if not isinstance(node, ast.AST):
@@ -57,16 +67,22 @@ def _written_out(node) -> str:
     return f"{type(node).__name__}({','.join(f'{name}={_written_out(value)}' for name, value in fields)})"
 
 
-def compile_text() -> str:
-    """The optimised program of this machine's first device."""
-    from sharding.compiled import abstract_block
-
+def _block(backend: str):
+    """Spec and abstract arguments of a block step of two layers, unrolled as on a GPU."""
     model = config.PRESETS["wan-1.3b"]
     model = dataclasses.replace(model, transformer=dataclasses.replace(model.transformer, num_layers=LAYERS))
     grid = (model.height // 16, model.width // 16)
-    sharded = sharding.SequenceParallel(devices=1, strategy="gather").for_model(model)
-    spec = rollout.RolloutSpec.create(model.transformer, model.sampler, grid, 21, parallel=sharded)
-    text = rollout.denoise_block.lower(spec, *abstract_block(spec, jnp.bfloat16)).compile().as_text()
+    how = sharding.SequenceParallel(devices=1, strategy="gather", backend=backend, unroll=True)
+    spec = rollout.RolloutSpec.create(
+        model.transformer, model.sampler, grid, 21, parallel=how.for_model(model)
+    )
+    return spec, abstract_block(spec, jnp.bfloat16)
+
+
+def compile_text() -> str:
+    """The optimised program of this machine's first device."""
+    spec, arguments = _block("auto")
+    text = rollout.denoise_block.lower(spec, *arguments).compile().as_text()
     return re.sub(r'"[^"\n]{2000,}"', '""', text)  # without the code of kernels written in Pallas
 
 
