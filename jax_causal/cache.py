@@ -21,6 +21,9 @@ import numpy as np
 from jax_causal import rope
 
 
+ALIGNMENT = 8  # keys: what the copy engine of a Hopper GPU moves at a time
+
+
 class Placement(NamedTuple):
     """Where a block of F frames stands: in the cache and in time. Arrays only, so one program serves all blocks."""
 
@@ -131,6 +134,11 @@ class CacheLayout:
         """Valid keys in each part when `held` frames are valid (room for them, where tokens are short)."""
         return held * (self.stored // self.parts)
 
+    @property
+    def room(self) -> int:
+        """Keys that there is room for in each part, rounded up to what fused kernels want; the rest is never valid."""
+        return -(-self.part_length(self.capacity) // ALIGNMENT) * ALIGNMENT
+
     def part_tokens(self, part: int) -> int:
         """Tokens of each frame that one part holds; fewer in the last ones where `stored` exceeds `tokens`."""
         size = self.stored // self.parts
@@ -167,7 +175,7 @@ class KVCache:
         `device` is a device or sharding that the cache is committed to, as the block step's outputs are: a cache
         that began elsewhere would compile the step twice.
         """
-        shape = (batch, layout.parts, layout.part_length(layout.capacity), num_heads, head_dim)
+        shape = (batch, layout.parts, layout.room, num_heads, head_dim)
         if stacked:
             return cls(*(jnp.zeros((num_layers, *shape), dtype, device=device) for _ in "kv"))
         return cls(*(tuple(jnp.zeros(shape, dtype, device=device) for _ in range(num_layers)) for _ in "kv"))

@@ -34,7 +34,7 @@ def memory_estimate(
     `dtype` except scores:
 
       transformer, vae, text_encoder: parameters; absent where the model has no such component.
-      kv_cache: 2 L B K E, where K is the window if there is one.
+      kv_cache: 2 L B K E, where K is the window if there is one, rounded up to eights.
       text_kv: 2 L B text_length E.
       block_activations: B T (8 E + 2 ffn), and where attention is not one fused kernel its fp32 scores and weights,
         8 B T N K bytes, which are bounded by walking the keys in chunks.
@@ -47,7 +47,7 @@ def memory_estimate(
     dit, size = config.transformer, jnp.dtype(dtype).itemsize
     per_frame = spec.layout.tokens
     tokens = batch * spec.sampler.frames_per_block * per_frame
-    cached = spec.layout.capacity * per_frame
+    cached = spec.layout.parts * spec.layout.room
     height, width = (side * dit.patch_size * config.vae.spatial_factor for side in spec.grid)
     frames = max(spec.sampler.frames_per_block * config.vae.temporal_factor, given_frames)
     state = jax.eval_shape(functools.partial(vae.init_decoder_state, config.vae, batch, height, width, dtype))

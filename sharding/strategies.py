@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from jax_causal.cache import ALIGNMENT
 from jax_causal.config import TransformerConfig
 
 NAMES = ("gather", "ulysses", "ring", "hybrid")
@@ -123,16 +124,13 @@ class Strategy:
         return queries * work.bytes_per_element, (queries + tokens * heads) * 4
 
     def cache_bytes(self, work: Workload) -> int:
-        """Keys and values of all layers on one device."""
-        config = work.config
-        if self.gathers:
-            elements = work.held * work.tokens * config.dim
-        else:
-            tokens = work.tokens
-            if self.seq > 1:
-                tokens = -(-work.tokens // self.devices) * self.heads
-            elements = work.held * tokens * config.dim // self.heads
-        return 2 * config.num_layers * elements * work.bytes_per_element
+        """Keys and values of all layers on one device, with the room that `CacheLayout.room` adds."""
+        config, tokens = work.config, work.tokens
+        if self.seq > 1 and not self.gathers:
+            tokens = -(-work.tokens // self.devices) * self.heads
+        room = -(-work.held * tokens // ALIGNMENT) * ALIGNMENT
+        width = config.dim if self.gathers else config.dim // self.heads
+        return 2 * config.num_layers * room * width * work.bytes_per_element
 
     def activation_bytes(self, work: Workload) -> int:
         """What a block keeps alive on one device beside cache and weights, at most, where attention is one kernel: the

@@ -255,7 +255,7 @@ def test_many_step_model_and_reconstruction():
         )
         for component, module in COMPONENTS.items()
     }
-    pipe = Pipeline(config, params, load_tokenizer(config.tokenizer, None, 64))
+    pipe = Pipeline(config, params, load_tokenizer(config.tokenizer, None, config.text_encoder.max_length))
     asked = [dataclasses.replace(p, text=p.text[:40]) for p in evaluation.prompts("all", 2, 1)]
     vae = modules.bind(VAE, config.vae, pipe.params["vae"])
     decode = jax.jit(lambda latents: to_uint8(vae.decode(latents, None, first=True)[0]))
@@ -265,7 +265,7 @@ def test_many_step_model_and_reconstruction():
     found = evaluation_models.reconstruction(pipe)(asked, [0, 1])
     assert np.abs(found - np.asarray(decode(encode(jnp.asarray(video, jnp.float32))), int)).max() <= 1
 
-    ids = np.zeros((1, 64), np.int32)
+    ids = np.zeros((1, config.text_encoder.max_length), np.int32)
     ids[0, 0] = 1
     read = functools.partial(encode_text, config.text_encoder, pipe.params["text_encoder"])
     context, null = read(*pipe.tokenizer([p.text for p in asked])), read(ids, (ids == 1).astype(np.int32))

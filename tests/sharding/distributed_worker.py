@@ -7,7 +7,14 @@ python distributed_worker.py frames OUT I PORT  a video by the library, saved by
 import dataclasses
 import sys
 
-from jax_causal.config import PRESETS, SamplerConfig, TextConfig, TransformerConfig, VAEConfig
+from jax_causal.config import (
+    PRESETS,
+    SamplerConfig,
+    TextConfig,
+    TokenizerConfig,
+    TransformerConfig,
+    VAEConfig,
+)
 
 SMALL = dataclasses.replace(
     PRESETS["tiny"],
@@ -17,6 +24,7 @@ SMALL = dataclasses.replace(
     text_encoder=TextConfig(
         vocab_size=384, dim=32, attention_dim=32, ffn_dim=64, num_heads=4, num_layers=1, max_length=16
     ),
+    tokenizer=TokenizerConfig(kind="bytes"),
     sampler=SamplerConfig(frames_per_block=2, steps=(1000, 500)),
     height=8,
     width=32,

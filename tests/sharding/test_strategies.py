@@ -153,7 +153,9 @@ def test_formulas_of_hybrid_by_hand():
         Collective("all-to-all", 7_244_640, 2),  # 4680 x 3 heads x (128 + 1) x 4
         Collective("all-to-all", 1_797_120, 4),  # 585 x 1536 x 2
     ]
-    assert strategy.cache_bytes(BLOCK) == 754_790_400  # 2 x 30 x 21 x 780 tokens x 3 heads x 128 x 2
+    assert (
+        strategy.cache_bytes(BLOCK) == 754_974_720
+    )  # 2 x 30 x (21 x 780 keys, and 4 more to an eight) x 3 heads x 128 x 2
     assert strategy.activation_bytes(BLOCK) == max(
         24_560_640,  # 585 x (2 x 8960 + 2 x 1536) x 2
         32_460_480,  # 585 x 8 x 1536 x 2, 3,594,240 and twice 7,244,640
@@ -174,10 +176,10 @@ def test_formulas_with_short_shares_by_hand():
         Collective("all-to-all", 1152, 4),  # 3 x 6 x 16 x 4
         Collective("all-to-all", 384, 4),
     ]
-    # Padding is stored where the tokens of a frame are cut, and nowhere else.
-    assert gather.cache_bytes(work) == 12_800  # 2 x 2 x 5 x 10 x 16 x 4
-    assert ring.cache_bytes(work) == 3_840  # 2 x 2 x 5 x 3 x 16 x 4
-    assert ulysses.cache_bytes(work) == 3_200  # 2 x 2 x 5 x 10 x 4 x 4
+    # Padding is stored where the tokens of a frame are cut, and nowhere else; keys are rounded up to eights.
+    assert gather.cache_bytes(work) == 14_336  # 2 x 2 x (5 x 10 + 6) x 16 x 4
+    assert ring.cache_bytes(work) == 4_096  # 2 x 2 x (5 x 3 + 1) x 16 x 4
+    assert ulysses.cache_bytes(work) == 3_584  # 2 x 2 x (5 x 10 + 6) x 4 x 4
 
 
 @pytest.mark.parametrize("name", ["gather", "ring", "ulysses"])
