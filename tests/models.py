@@ -1,13 +1,38 @@
 """Small models for tests: golden weights in our layout, and configurations read from the golden files."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from converters.names import to_params
 from jax_causal import transformer
-from jax_causal.config import SamplerConfig, TransformerConfig
+from jax_causal.config import (
+    PRESETS,
+    SamplerConfig,
+    TextConfig,
+    TokenizerConfig,
+    TransformerConfig,
+    VAEConfig,
+)
 from tests import golden_data
+
+# All components, as small as they get.
+SMALL = dataclasses.replace(
+    PRESETS["tiny"],
+    name="small",
+    transformer=TransformerConfig(dim=32, num_layers=2, num_heads=2, ffn_dim=64, text_dim=16, text_length=32),
+    vae=VAEConfig(dim=8, multipliers=(1, 1, 1), num_res_blocks=1, temporal_downsample=(True, True)),
+    text_encoder=TextConfig(
+        vocab_size=384, dim=16, attention_dim=16, ffn_dim=32, num_heads=2, num_layers=1, max_length=32
+    ),
+    tokenizer=TokenizerConfig(kind="bytes"),
+    sampler=SamplerConfig(frames_per_block=2, steps=(1000, 500), trained_frames=6),
+    height=16,
+    width=24,
+    num_frames=13,  # two blocks of 5 and 8 frames
+)
 
 
 def golden_transformer(data) -> tuple[TransformerConfig, dict]:

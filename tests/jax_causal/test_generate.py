@@ -3,7 +3,6 @@
 Run in this process, on one small model folder, so that programs are compiled once.
 """
 
-import dataclasses
 import functools
 import json
 import os
@@ -17,32 +16,12 @@ import numpy as np
 import pytest
 
 from jax_causal import Pipeline, checkpoint, cli, environment, estimate, generate, modules
-from jax_causal.config import (
-    PRESETS,
-    SamplerConfig,
-    TextConfig,
-    TokenizerConfig,
-    TransformerConfig,
-    VAEConfig,
-)
+from jax_causal.config import PRESETS
 from jax_causal.pipeline import COMPONENTS
 from jax_causal.timings import Timings
 from jax_causal.video import VideoWriter, read_video
+from tests.models import SMALL
 
-SMALL = dataclasses.replace(
-    PRESETS["tiny"],
-    name="small",
-    transformer=TransformerConfig(dim=32, num_layers=2, num_heads=2, ffn_dim=64, text_dim=16, text_length=32),
-    vae=VAEConfig(dim=8, multipliers=(1, 1, 1), num_res_blocks=1, temporal_downsample=(True, True)),
-    text_encoder=TextConfig(
-        vocab_size=384, dim=16, attention_dim=16, ffn_dim=32, num_heads=2, num_layers=1, max_length=32
-    ),
-    tokenizer=TokenizerConfig(kind="bytes"),
-    sampler=SamplerConfig(frames_per_block=2, steps=(1000, 500), trained_frames=6),
-    height=16,
-    width=24,
-    num_frames=13,  # two blocks of 5 and 8 frames
-)
 PROMPT = "a red ball rolls to the right"
 KEYS = {
     "first_frame_s", "denoise_s", "context_s", "decode_s", "text_s", "compile_s", "total_s", "frames", "fps",
