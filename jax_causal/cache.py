@@ -20,7 +20,6 @@ import numpy as np
 
 from jax_causal import rope
 
-
 ALIGNMENT = 8  # keys: what the copy engine of a Hopper GPU moves at a time
 
 

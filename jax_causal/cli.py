@@ -76,6 +76,7 @@ examples:
   jax-causal train --stage teacher --out runs/teacher --set init_from=runs/vae
   jax-causal train --config FILE.json --out FOLDER --set learning_rate=1e-4 mesh.seq=4
   jax-causal train --config FILE.json --out FOLDER --resume
+  jax-causal train --config wan-1.3b-distill --dry-run
 
 FOLDER becomes a model folder, from which the next stage starts. FOLDER/training
 holds config.json, metrics.jsonl (a line an update), samples and the last two
@@ -343,7 +344,10 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="values to change in it"
     )
     output = parser.add_argument_group("output")
-    output.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="model folder to make")
+    output.add_argument("--out", metavar="FOLDER", type=Path, help="model folder to make")
+    output.add_argument(
+        "--dry-run", action="store_true", help="show the memory it takes on each device instead"
+    )
     output.add_argument("--resume", action="store_true", help="go on from the last checkpoint in it")
     output.add_argument(
         "--allow-changes", action="store_true", help="resume with another configuration than before"
@@ -368,7 +372,8 @@ def _train(args: argparse.Namespace) -> None:
     from jax_causal import train_command
 
     config = train_command.configuration(args)
-    environment.apply(devices=config.mesh.size)
+    # A dry run computes nothing, and there need not be as many devices.
+    environment.apply(platform="cpu" if args.dry_run else None, devices=config.mesh.size)
     train_command.run(args, config, _training_parallel(config))
 
 

@@ -15,6 +15,7 @@ from jax_causal.training import config as configs
 from jax_causal.training.config import MeshConfig, TrainConfig
 
 if TYPE_CHECKING:
+    from jax_causal.console import Display
     from jax_causal.parallel import Parallel
 
 
@@ -26,6 +27,8 @@ def configuration(args: argparse.Namespace) -> TrainConfig:
     """
     if not (args.config or args.stage):
         raise ValueError("say what to train: --stage vae, teacher, causal or distill, or --config")
+    if args.out is None and not args.dry_run:
+        raise ValueError("say where to: --out FOLDER, or --dry-run to see what memory it takes")
     config = configs.load(args.config or f"tiny-{args.stage}", args.set)
     if args.stage and args.stage != config.stage:
         raise ValueError(f"{args.config} is for --stage {config.stage}, not {args.stage}")
@@ -56,6 +59,9 @@ def run(args: argparse.Namespace, config: TrainConfig, parallel: Parallel) -> No
     from jax_causal.training import folder, stage, trainer
 
     display, write_json = Display(quiet=args.quiet), json_writer(args.json)
+    if args.dry_run:
+        write_json(_dry_run(config, parallel, display))
+        return
     if args.out.exists() and not args.out.is_dir():
         raise NotADirectoryError(f"{args.out} is a file: --out names a folder")
     if config.init_from is not None and args.out.resolve() == Path(config.init_from).resolve():
@@ -96,3 +102,24 @@ def run(args: argparse.Namespace, config: TrainConfig, parallel: Parallel) -> No
     if not outcome.finished:
         raise KeyboardInterrupt(f"update {outcome.step} is saved in {outcome.checkpoint}; --resume goes on")
     display.print((str(args.out), "bold green"), f"  {outcome.step} updates in {outcome.elapsed_s:.0f} s")
+
+
+def _dry_run(config: TrainConfig, parallel: Parallel, display: Display) -> dict[str, int | str]:
+    """Shows and returns what an update takes on each device. Folders need not be there where `model` gives the sizes."""
+    from jax_causal.console import nbytes
+    from jax_causal.training import dry_run, folder
+
+    if config.model is not None:
+        config = dataclasses.replace(config, init_from=None)
+    model = folder.model_config(config)
+    parallel = parallel.for_model(model)
+    with display.working(f"compiling an update of {config.stage} of {model.name}"):
+        sizes = dry_run.memory(config, model, parallel)
+    for name, size in sizes.items():
+        display.print(f"{name:<10} {nbytes(size)} on each device")
+    return {f"{name}_bytes": size for name, size in sizes.items()} | {
+        "stage": config.stage,
+        "model": model.name,
+        "devices": config.mesh.size,
+        "strategy": parallel.name,
+    }

@@ -10,6 +10,7 @@ runs faster and compiles more slowly. Both forms compute the same.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -168,12 +169,15 @@ class Head(nnx.Module):
 class CausalDiT(nnx.Module):
     """The network: patch tokens, timesteps and text in, velocity out (as patch tokens).
 
-    With `unrolled`, blocks are separate modules instead of one stacked over layers.
+    With `unrolled`, blocks are separate modules instead of one stacked over layers. With `remat`, a gradient keeps
+    only what enters each block and computes the rest of it again.
     """
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, unrolled: bool = False):
+    def __init__(
+        self, config: TransformerConfig, *, rngs: nnx.Rngs, unrolled: bool = False, remat: bool = False
+    ):
         dim = config.dim
-        self.config = config
+        self.config, self.remat = config, remat
         self.patch_embedding = nnx.Linear(config.patch_size**2 * config.in_channels, dim, rngs=rngs)
         self.text_embedding = MLP((config.text_dim, dim, dim), gelu, rngs)
         self.time_embedding = MLP((config.frequency_dim, dim, dim), jax.nn.silu, rngs)
@@ -322,7 +326,9 @@ class CausalDiT(nnx.Module):
 
         if isinstance(self.blocks, nnx.List):
             for layer, block in enumerate(self.blocks):
-                x, carry = step(block, x, carry, text.k[layer], text.v[layer], layer)
+                run = functools.partial(step, block, layer=layer)
+                run = jax.checkpoint(run) if self.remat else run
+                x, carry = run(x, carry, text.k[layer], text.v[layer])
             return x, e, carry
 
         graphdef, stacked = nnx.split(self.blocks)
@@ -331,6 +337,8 @@ class CausalDiT(nnx.Module):
             params, k, v, index = layer
             return step(nnx.merge(graphdef, params), *state, k, v, index), None
 
+        if self.remat:
+            body = jax.checkpoint(body, prevent_cse=False)  # a scan keeps the two passes apart by itself
         layers = (stacked, *text, jnp.arange(self.config.num_layers))
         (x, carry), _ = jax.lax.scan(body, (x, carry), layers)
         return x, e, carry
@@ -405,6 +413,6 @@ def is_unrolled(params: dict) -> bool:
     return "self_attn" not in params["blocks"]
 
 
-def bind(config: TransformerConfig, params: dict) -> CausalDiT:
+def bind(config: TransformerConfig, params: dict, *, remat: bool = False) -> CausalDiT:
     """The network holding `params`, stacked or unrolled; for use inside `jax.jit`."""
-    return modules.bind(CausalDiT, config, params, unrolled=is_unrolled(params))
+    return modules.bind(CausalDiT, config, params, unrolled=is_unrolled(params), remat=remat)

@@ -10,17 +10,20 @@ positions: then the first block is far away, as a sink is.
 from __future__ import annotations
 
 import dataclasses
+from collections import ChainMap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_causal import flow, rope, transformer
+from jax_causal import flow, modules, rope, transformer
 from jax_causal.config import ModelConfig
 from jax_causal.parallel import Parallel, SingleDevice
+from jax_causal.text import UMT5Encoder
 from jax_causal.tokenizer import load_tokenizer
 from jax_causal.training import diffusion, optim, previews
 from jax_causal.training.config import TrainConfig
+from jax_causal.training.folder import placed
 from jax_causal.training.stage import step_key
 
 
@@ -55,7 +58,8 @@ class CausalStage:
         self.tokenizer = load_tokenizer(model.tokenizer, None, model.text_encoder.max_length)
         self.parallel = parallel or SingleDevice()
         self.optimizer = optim.optimizer(config)
-        self.setting = diffusion.Setting.create(model)
+        self.setting = diffusion.Setting.create(model, self.parallel)
+        diffusion.require(components, self.name, "transformer", "vae", "text_encoder")
         sampler = model.sampler
         self.blocks = transformer.block_index(
             self.setting.num_frames, sampler.frames_per_block, sampler.independent_first_frame
@@ -71,6 +75,11 @@ class CausalStage:
         )
         return clips, optim.cast(self.components["text_encoder"], self.config.dtype)
 
+    def data_like(self):
+        encoder = modules.abstract(UMT5Encoder, self.model.text_encoder, dtype=self.config.dtype)
+        clips = diffusion.clips_like(self.model, self.parallel, self.options, self.config.dtype)
+        return clips, placed(encoder, self.parallel, "text_encoder")
+
     def loss(self, params, key, clips: diffusion.Clips, encoder, batch: int):
         """Scalar loss and metrics of `batch` clips drawn with `key`; `encoder` holds the text encoder."""
         params = optim.cast(params, self.config.dtype)
@@ -82,9 +91,9 @@ class CausalStage:
 
         t, sigma = diffusion.draw_times(keys[2], (batch, self.blocks[-1] + 1), self.model.sampler.shift)
         t, sigma = t[:, self.blocks], sigma[:, self.blocks]  # one for each frame
-        noise = jax.random.normal(keys[3], x0.shape, x0.dtype)
+        noise = self.setting.noise(keys[3], batch, x0.dtype)
         x = flow.add_noise(x0, noise, sigma)
-        network = transformer.bind(self.model.transformer, params)
+        network = transformer.bind(self.model.transformer, params, remat=self.config.remat)
         v = network.teacher_forcing(
             x,
             t,
@@ -94,8 +103,9 @@ class CausalStage:
             self.setting.grid,
             self.parallel,
             frame_mask=transformer.teacher_forcing_mask(self.blocks),
+            clean_t=jnp.full_like(t, self.model.sampler.context_noise),
         )
-        error = diffusion.velocity_error(v, noise, x0)
+        error = diffusion.velocity_error(v, noise, x0, self.setting.tokens)
         return error, {"loss": error}
 
     def frames(self, key):
@@ -121,8 +131,8 @@ class CausalStage:
         return optim.step(self.optimizer, self.config, state, grads, step, metrics)
 
     def sample(self, state):
-        components = {**self.components, **self.export(state)}
-        return previews.rollouts(self.model, components, self.tokenizer, self.parallel)
+        components = ChainMap(self.export(state), self.components)
+        return previews.rollouts(self.model, components, self.tokenizer, self.parallel, self.config.mesh.data)
 
     def export(self, state):
         return {"transformer": state["ema"]}

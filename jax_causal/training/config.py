@@ -19,7 +19,7 @@ StageName = Literal["vae", "teacher", "causal", "distill"]
 CONFIGS = Path(__file__).parent / "configs"
 
 # What may change when a run is resumed, because the weights do not depend on it (on the devices only by rounding).
-FREE = ("checkpoint_every", "sample_every", "log_every", "guard", "mesh", "strategy", "shard_params")
+FREE = ("checkpoint_every", "sample_every", "log_every", "guard", "mesh", "strategy", "shard_params", "remat")
 
 T = TypeVar("T")
 
@@ -55,6 +55,7 @@ class TrainConfig:
       betas, eps: of Adam.
       grad_clip: largest global norm of a gradient; 0 for no limit.
       ema: decay of the moving average of the weights; 0 for none.
+      ema_start: updates before the average begins; until then it is the weights.
       dtype: of computation. Weights, optimizer and averages are always fp32.
       checkpoint_every, sample_every: updates between checkpoints and between sample videos; 0 for the end only, and
         for never.
@@ -63,6 +64,8 @@ class TrainConfig:
         second copy of what is trained; without it such a run ends with its last checkpoint.
       mesh, strategy: devices and how those of a group share a frame, as in `sharding.SequenceParallel`.
       shard_params: shard weights and optimizer over all devices.
+      remat: gradients compute the transformer's blocks again instead of keeping what is inside them: much less memory,
+        a third more time.
       options: of the stage, a JSON object as canonical text; see `stage_options`.
     """
 
@@ -81,6 +84,7 @@ class TrainConfig:
     eps: float = 1e-8
     grad_clip: float = 1.0
     ema: float = 0.0
+    ema_start: int = 0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     checkpoint_every: int = 0
     sample_every: int = 0
@@ -89,13 +93,22 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     strategy: str = "auto"
     shard_params: bool = False
+    remat: bool = False
     options: str = "{}"
 
     def __post_init__(self):
         for name in ("num_steps", "batch_size", "accumulate", "log_every", "mesh.data", "mesh.seq"):
             if (value := _get(self, name)) < 1:
                 raise ValueError(f"config.{name} must be 1 or more, not {value}")
-        for name in ("warmup_steps", "checkpoint_every", "sample_every", "weight_decay", "grad_clip", "seed"):
+        for name in (
+            "warmup_steps",
+            "checkpoint_every",
+            "sample_every",
+            "weight_decay",
+            "grad_clip",
+            "seed",
+            "ema_start",
+        ):
             if not (value := _get(self, name)) >= 0:
                 raise ValueError(f"config.{name} must be 0 or more, not {value}")
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_causal import flow, modules, rope
-from jax_causal.config import ModelConfig
+from jax_causal.config import ModelConfig, TransformerConfig
+from jax_causal.parallel import Parallel
 from jax_causal.text import UMT5Encoder
 from jax_causal.tokenizer import Tokenizer
 from jax_causal.training import data, optim
@@ -26,21 +28,38 @@ class Clips(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setting:
-    """Where a clip of the model's own length stands: token grid and rotary factors of its frames."""
+    """Where a clip of the model's own length stands: token grid and rotary factors of its frames, and how it is run."""
 
+    config: TransformerConfig
     grid: tuple[int, int]
     num_frames: int
     frames: np.ndarray
+    parallel: Parallel
 
     @classmethod
-    def create(cls, model: ModelConfig) -> Setting:
+    def create(cls, model: ModelConfig, parallel: Parallel) -> Setting:
         step = model.transformer.patch_size * model.vae.spatial_factor
         num_frames = 1 + (model.num_frames - 1) // model.vae.temporal_factor
         return cls(
+            model.transformer,
             (model.height // step, model.width // step),
             num_frames,
             rope.frame_factors(0, num_frames, model.transformer.head_dim),
+            parallel,
         )
+
+    @property
+    def tokens(self) -> int:
+        """S of a frame, without the padding that a mesh may add."""
+        return self.grid[0] * self.grid[1]
+
+    def noise(self, key, batch: int, dtype):
+        """Standard normal patch tokens [B, F, S, 4C]. Drawn in fp32: in bfloat16 there would be 128 different values,
+        none beyond 2.9. Drawn as latents, so that they are the same on any mesh."""
+        patch = self.config.patch_size
+        sides = (self.grid[0] * patch, self.grid[1] * patch)
+        shape = (batch, self.num_frames, self.config.in_channels, *sides)
+        return self.parallel.to_tokens(jax.random.normal(key, shape).astype(dtype), patch)
 
 
 def zero_velocity(params: dict) -> dict:
@@ -65,6 +84,16 @@ def encoded_clips(model: ModelConfig, vae, tokenizer, parallel, options, config:
     return Clips(latents, data.prompts(data.attribute_sets(scenes), tokenizer, options.wordings))
 
 
+def clips_like(model: ModelConfig, parallel: Parallel, options, dtype) -> Clips:
+    """The form of `encoded_clips`, as `jax.ShapeDtypeStruct`s; nothing is computed."""
+    setting = Setting.create(model, parallel)
+    tokens = jax.eval_shape(lambda: setting.noise(jax.random.key(0), options.num_clips, dtype))
+    rows = (options.num_clips, options.wordings)
+    ids = jax.ShapeDtypeStruct((*rows, model.text_encoder.max_length), jnp.int32)
+    labels = jax.ShapeDtypeStruct((*rows, len(data.LABELS)), jnp.int32)
+    return Clips(tokens, data.Prompts(ids, labels))
+
+
 def draw(key, clips: Clips, batch: int):
     """Latents [B, F, S, 4C], token ids [B, L] and labels [B, 6] of random clips in random wordings."""
     clip_key, wording_key = jax.random.split(key)
@@ -78,6 +107,15 @@ def null_prompt(tokenizer: Tokenizer) -> np.ndarray:
     ids = np.full(tokenizer.max_length, tokenizer.pad_id, np.int32)
     ids[0] = tokenizer.eos_id
     return ids
+
+
+def require(components: Mapping, stage: str, *names: str) -> None:
+    """Raises ValueError unless the model folder that stage `stage` starts from has all these components."""
+    if absent := [name for name in names if name not in components]:
+        raise ValueError(
+            f"the stage {stage} starts from a model folder with {' and '.join(names)}, and init_from has no "
+            f"{' and no '.join(absent)}: set init_from to the folder that the stage before left"
+        )
 
 
 def encode_prompts(model: ModelConfig, params, ids):
@@ -105,6 +143,14 @@ def draw_times(key, shape, shift: float):
     return jnp.asarray(flow.timesteps(shift))[index], jnp.asarray(flow.sigmas(shift))[index]
 
 
-def velocity_error(v, noise, x0):
-    """Mean squared error of a predicted velocity, fp32."""
-    return jnp.square(v.astype(jnp.float32) - (noise.astype(jnp.float32) - x0.astype(jnp.float32))).mean()
+def velocity_error(v, noise, x0, tokens: int):
+    """Mean squared error [] of a predicted velocity [B, F, S, C], fp32; see `token_mean`."""
+    v, noise, x0 = (x.astype(jnp.float32) for x in (v, noise, x0))
+    return token_mean(jnp.square(v - (noise - x0)), tokens)
+
+
+def token_mean(x, tokens: int, *, each: bool = False):
+    """Mean [] of x [B, F, S, C] over the first `tokens` of every frame: what follows is a mesh's padding. With `each`,
+    of every sample apart, [B, 1, 1, 1]."""
+    real = jnp.arange(x.shape[2]) < tokens
+    return x.mean((1, 2, 3) if each else None, keepdims=each, where=real[:, None])

@@ -100,7 +100,8 @@ def step(
     params, moments, more = optimizer.update(grads, state["optimizer"], state["params"], step)
     new = state | {"params": params, "optimizer": moments}
     if "ema" in state:
-        new["ema"] = ema_update(state["ema"], params, config.ema)
+        decay = jnp.where(step < config.ema_start, 0.0, config.ema) if config.ema_start else config.ema
+        new["ema"] = ema_update(state["ema"], params, decay)
     return new, metrics | more
 
 

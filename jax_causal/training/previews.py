@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -26,25 +28,27 @@ PROMPTS = (
 STEPS, GUIDANCE = 25, 3.0  # of models that are not distilled
 
 
-def whole_clips(model: ModelConfig, components: dict, tokenizer: Tokenizer, parallel: Parallel) -> np.ndarray:
+def whole_clips(
+    model: ModelConfig, components: Mapping, tokenizer: Tokenizer, parallel: Parallel, groups: int = 1
+) -> np.ndarray:
     """Videos uint8 [4, T, H, W, 3] of a bidirectional model in many steps.
 
     Args:
       components: parameters of "transformer", "text_encoder" and "vae".
+      groups: of devices, which share a batch evenly.
     """
-    ids, _ = tokenizer([*PROMPTS])
+    ids, _ = tokenizer(_shared_evenly(groups))
     ids = np.concatenate([ids, diffusion.null_prompt(tokenizer)[None]])
     components = {name: components[name] for name in ("transformer", "text_encoder", "vae")}
-    return np.asarray(_whole_clips(model, parallel, components, ids))
+    return np.asarray(_whole_clips(model, parallel, components, ids)[: len(PROMPTS)])
 
 
 @functools.partial(jax.jit, static_argnames=("model", "parallel"))
 def _whole_clips(model: ModelConfig, parallel: Parallel, components, ids):
-    setting = diffusion.Setting.create(model)
+    setting = diffusion.Setting.create(model, parallel)
     config = model.transformer
     embeds = diffusion.encode_prompts(model, components["text_encoder"], ids)
-    shape = (len(PROMPTS), setting.num_frames, setting.grid[0] * setting.grid[1])
-    noise = jax.random.normal(jax.random.key(0), (*shape, config.patch_size**2 * config.in_channels))
+    noise = setting.noise(jax.random.key(0), len(ids) - 1, jnp.float32)
     tokens = sampling.sample(
         config,
         components["transformer"],
@@ -62,9 +66,17 @@ def _whole_clips(model: ModelConfig, parallel: Parallel, components, ids):
     return to_uint8(vae.decode(latents.astype(jnp.float32), None, first=True)[0])
 
 
-def rollouts(model: ModelConfig, components: dict, tokenizer: Tokenizer, parallel: Parallel) -> np.ndarray:
-    """Videos uint8 [4, T, H, W, 3] of a causal model in its few steps, distilled for them or not yet."""
+def rollouts(
+    model: ModelConfig, components: Mapping, tokenizer: Tokenizer, parallel: Parallel, groups: int = 1
+) -> np.ndarray:
+    """Videos uint8 [4, T, H, W, 3] of a causal model in its few steps, distilled for them or not yet; arguments as of
+    `whole_clips`."""
     config = dataclasses.replace(model, kind="causal-distilled")
     params = {name: components[name] for name in ("transformer", "text_encoder", "vae")}
     pipe = Pipeline(config, params, tokenizer, parallel=parallel)
-    return np.stack([video.frames for video in pipe([*PROMPTS])])
+    return np.stack([video.frames for video in pipe(_shared_evenly(groups))[: len(PROMPTS)]])
+
+
+def _shared_evenly(groups: int) -> list[str]:
+    """The prompts, again and again until `groups` divides their number."""
+    return [*PROMPTS] * (math.lcm(len(PROMPTS), groups) // len(PROMPTS))

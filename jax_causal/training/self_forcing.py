@@ -34,10 +34,9 @@ def roll_out(spec: RolloutSpec, params, text: TextKV, noise, renoise, exit_step,
       inputs and clean, both [B, F, S, 4C]: what the last pass of every block was given and what it predicted.
     """
     size = spec.sampler.frames_per_block
-    plan = list(rollout.block_sizes(noise.shape[1], spec.sampler))
     if spec.sampler.independent_first_frame:
         raise ValueError("training rolls out equal blocks: use a sampler without an independent first frame")
-    places = [spec.place(start, size) for start, _ in plan]
+    places = [spec.place(start, size) for start, _ in rollout.block_sizes(noise.shape[1], spec.sampler)]
     slots, held = (np.stack([getattr(place, name) for place in places]) for name in ("slots", "held"))
     times = jnp.asarray(flow.warp(spec.sampler.steps, spec.sampler.shift))
     sigmas = flow.sigma_at(times, spec.sampler.shift)
@@ -65,12 +64,13 @@ def roll_out(spec: RolloutSpec, params, text: TextKV, noise, renoise, exit_step,
     return tuple(jnp.moveaxis(y, 0, 1).reshape(noise.shape) for y in (x, x0))
 
 
-def last_pass(spec: RolloutSpec, params, context, inputs, clean, exit_step, frames):
-    """The last denoising pass of every block of a rollout again, with gradient in `params`: x0 [B, F, S, 4C].
+def last_pass(spec: RolloutSpec, params, context, inputs, clean, exit_step, frames, *, remat: bool = False):
+    """The last denoising pass of every block of a rollout again, with gradient in `params`: x0 [B, F, S, 4C], fp32.
 
-    Takes what `roll_out` took and returned, and prompt embeddings [B, text, text dim].
+    Takes what `roll_out` took and returned, and prompt embeddings [B, text, text dim]. `remat`: see
+    `transformer.CausalDiT`.
     """
-    network = transformer.bind(spec.transformer, params)
+    network = transformer.bind(spec.transformer, params, remat=remat)
     times = jnp.asarray(flow.warp(spec.sampler.steps, spec.sampler.shift))
     t = jnp.full((inputs.shape[0], 1), times[exit_step])
     blocks = transformer.block_index(inputs.shape[1], spec.sampler.frames_per_block)

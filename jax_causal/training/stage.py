@@ -7,6 +7,7 @@ random numbers. So a run that is killed and resumed ends with the same bits as o
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
@@ -39,6 +40,10 @@ class Stage(Protocol):
         """Whatever `update` reads and does not change, for example encoded clips or a frozen teacher: a pytree of
         arrays, or None. Called once, before the loop; a pure function of the seed, so that resuming makes it anew."""
 
+    def data_like(self) -> Any:
+        """The form of `data()` as `jax.ShapeDtypeStruct`s, with shardings where the stage settles them: enough to
+        compile an update. Computes nothing."""
+
     def update(self, state: State, step: jax.Array, data: Any) -> tuple[State, Metrics]:
         """One step; `step` is int32 []. Pure; compiled with `state` donated. Draws all data and noise from
         `step_key(seed, step)`. Metrics hold "loss"; one that is not finite stops the run."""
@@ -63,7 +68,10 @@ def init_key(seed: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), np.uint32(2**32 - 1))
 
 
-def create(config: TrainConfig, model: ModelConfig, components: dict[str, dict], parallel: Parallel) -> Stage:
-    """The stage of a configuration; `components` are fp32 parameters by component, of the folder to start from."""
+def create(
+    config: TrainConfig, model: ModelConfig, components: Mapping[str, dict], parallel: Parallel, **more
+) -> Stage:
+    """The stage of a configuration; `components` are fp32 parameters by component, of the folder to start from.
+    `more` is for stages that take more."""
     module, name = STAGES[config.stage]
-    return getattr(importlib.import_module(module), name)(config, model, components, parallel)
+    return getattr(importlib.import_module(module), name)(config, model, components, parallel, **more)

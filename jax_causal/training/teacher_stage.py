@@ -55,7 +55,8 @@ class TeacherStage:
         self.tokenizer = load_tokenizer(model.tokenizer, None, model.text_encoder.max_length)
         self.parallel = parallel or SingleDevice()
         self.optimizer = optim.optimizer(config)
-        self.setting = diffusion.Setting.create(model)
+        self.setting = diffusion.Setting.create(model, self.parallel)
+        diffusion.require(components, self.name, "vae")
 
     def init(self, key):
         keys = jax.random.split(key, 3)
@@ -75,6 +76,9 @@ class TeacherStage:
             self.model, self.components["vae"], self.tokenizer, self.parallel, self.options, self.config
         )
 
+    def data_like(self):
+        return diffusion.clips_like(self.model, self.parallel, self.options, self.config.dtype)
+
     def loss(self, params, key, clips: diffusion.Clips, batch: int):
         """Scalar loss and metrics of `batch` clips drawn with `key`."""
         params = optim.cast(params, self.config.dtype)
@@ -88,13 +92,13 @@ class TeacherStage:
         reading = diffusion.probe_loss(context, named, params["probe"])
 
         t, sigma = diffusion.draw_times(keys[2], (batch, 1), self.model.sampler.shift)
-        noise = jax.random.normal(keys[3], x0.shape, x0.dtype)
+        noise = self.setting.noise(keys[3], batch, x0.dtype)
         x = flow.add_noise(x0, noise, sigma)
-        network = transformer.bind(self.model.transformer, params["transformer"])
+        network = transformer.bind(self.model.transformer, params["transformer"], remat=self.config.remat)
         v = network.forward(
             x, t, network.embed_text(context), self.setting.frames, self.setting.grid, self.parallel
         )
-        error = diffusion.velocity_error(v, noise, x0)
+        error = diffusion.velocity_error(v, noise, x0, self.setting.tokens)
         loss = error + self.options.probe_weight * reading
         return loss, {"loss": loss, "velocity_error": error, "probe_loss": reading}
 
@@ -112,7 +116,9 @@ class TeacherStage:
 
     def sample(self, state):
         components = self.export(state) | {"vae": self.components["vae"]}
-        return previews.whole_clips(self.model, components, self.tokenizer, self.parallel)
+        return previews.whole_clips(
+            self.model, components, self.tokenizer, self.parallel, self.config.mesh.data
+        )
 
     def export(self, state):
         return {name: state["ema"][name] for name in ("transformer", "text_encoder")}

@@ -116,8 +116,7 @@ class _Run:
         """State and data on the devices, and everything compiled."""
         key = init_key(self.config.seed)
         init, consts, abstract = _hoisted(self.stage.init, key)
-        carry = {"good": jax.ShapeDtypeStruct((), bool), "state": abstract}
-        self.abstract = folders.placed(carry, self.parallel)
+        self.abstract = abstract_carry(abstract, self.parallel)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         if found:
             with self.display.working(f"restoring {found}"):
@@ -135,11 +134,9 @@ class _Run:
         with self.display.working("preparing data"):
             self.data = _placed_data(self.stage.data(), self.parallel)
         with self.display.working("compiling"):
-            self.names, update = checked_update(
-                self.stage, self.abstract["state"], self.data, guard=self.config.guard
+            self.names, self.update = compile_update(
+                self.stage, self.abstract, self.data, guard=self.config.guard
             )
-            jitted = jax.jit(update, donate_argnums=0, out_shardings=(shardings, shardings["good"]))
-            self.update = jitted.lower(self.carry, np.int32(0), self.data).compile()
         memory = self.update.memory_analysis()
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
         self.display.print(
@@ -211,6 +208,19 @@ class _Run:
             )
 
 
+def abstract_carry(state, parallel: Parallel) -> dict:
+    """What an update carries on, {"good", "state"}, as `ShapeDtypeStruct`s with shardings; `state` has none yet."""
+    return folders.placed({"good": jax.ShapeDtypeStruct((), bool), "state": state}, parallel)
+
+
+def compile_update(stage: Stage, carry, data, *, guard: bool) -> tuple[list[str], Callable]:
+    """`checked_update`, compiled: `carry` is donated. Takes forms with shardings, or arrays for `data`."""
+    names, update = checked_update(stage, carry["state"], data, guard=guard)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, carry)
+    jitted = jax.jit(update, donate_argnums=0, out_shardings=(shardings, shardings["good"]))
+    return names, jitted.lower(carry, np.int32(0), data).compile()
+
+
 def checked_update(stage: Stage, state, data, *, guard: bool) -> tuple[list[str], Callable]:
     """The names of the metrics, and an update that with `guard` stops changing the state once a metric is not finite.
 
@@ -258,6 +268,16 @@ def _placed_data(data, parallel: Parallel):
         return x if settled else jax.device_put(x, sharding)
 
     return jax.tree.map(place, data, shardings)
+
+
+def placed_like(data, parallel: Parallel):
+    """The form of `stage.data_like()` with shardings: what has none yet is sharded along its first axis."""
+    shardings = parallel.shardings(data, "data")
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or sharding),
+        data,
+        shardings,
+    )
 
 
 def _hoisted(function: Callable, key: jax.Array) -> tuple[Callable, list, dict]:

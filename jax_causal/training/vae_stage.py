@@ -10,6 +10,7 @@ divergence of the posterior from a unit Gaussian, which keeps latents small and 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -53,16 +54,19 @@ class VAEStage:
         # Latents are normalised by what this stage measures at its end; until then they are as they come.
         plain = {"latents_mean": (0.0,) * model.vae.z_dim, "latents_std": (1.0,) * model.vae.z_dim}
         self.vae: VAEConfig = dataclasses.replace(model.vae, **plain)
-        self.model, self.initial = model, components.get("vae")
+        self.model, self.components = model, components
         self.parallel = parallel or SingleDevice()
         self.optimizer = optim.optimizer(config)
         self.num_frames = self.options.num_frames or model.num_frames
 
     def init(self, key):
-        params = self.initial or modules.init(VAE, self.vae, key)
+        params = self.components.get("vae") or modules.init(VAE, self.vae, key)
         return {"params": params, "optimizer": self.optimizer.init(params), "ema": params}
 
     def data(self):
+        return None
+
+    def data_like(self):
         return None
 
     def loss(self, params, key, batch: int):
@@ -92,7 +96,8 @@ class VAEStage:
 
     def sample(self, state):
         """Clips above what the decoder makes of them, uint8 [4, T, 2 H, W, 3]."""
-        return np.asarray(_reconstruct(self.vae, state["ema"], self.num_frames, self.model.height))
+        video, _ = data.clips(jax.random.key(7), 4, self.num_frames, self.model.height)
+        return np.asarray(_beside_reconstruction(self.vae, state["ema"], video))
 
     def export(self, state):
         return {"vae": state["ema"]}
@@ -132,13 +137,9 @@ def balanced_error(shown, video, background):
     return 0.75 * parts[0] + 0.25 * parts[1]
 
 
-def _reconstruct(config: VAEConfig, params, num_frames: int, size: int):
-    video, _ = data.clips(jax.random.key(7), 4, num_frames, size)
-
-    @jax.jit
-    def run(params):
-        vae = modules.bind(VAE, config, params)
-        latents, _ = vae.encode(video, None, first=True)
-        return vae.decode(latents, None, first=True)[0]
-
-    return jnp.concatenate([to_uint8(video), to_uint8(run(params))], axis=2)
+@functools.partial(jax.jit, static_argnames="config")
+def _beside_reconstruction(config: VAEConfig, params, video):
+    vae = modules.bind(VAE, config, params)
+    latents, _ = vae.encode(video, None, first=True)
+    shown, _ = vae.decode(latents, None, first=True)
+    return jnp.concatenate([to_uint8(video), to_uint8(shown)], axis=2)
