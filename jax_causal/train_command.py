@@ -105,7 +105,7 @@ def run(args: argparse.Namespace, config: TrainConfig, parallel: Parallel) -> No
 
 
 def _dry_run(config: TrainConfig, parallel: Parallel, display: Display) -> dict[str, int | str]:
-    """Shows and returns what an update takes on each device. Folders need not be there where `model` gives the sizes."""
+    """Shows and returns what an update takes on each device. No folder is needed where `model` gives the sizes."""
     from jax_causal.console import nbytes
     from jax_causal.training import dry_run, folder
 
@@ -116,7 +116,8 @@ def _dry_run(config: TrainConfig, parallel: Parallel, display: Display) -> dict[
     with display.working(f"compiling an update of {config.stage} of {model.name}"):
         sizes = dry_run.memory(config, model, parallel)
     for name, size in sizes.items():
-        display.print(f"{name:<10} {nbytes(size)} on each device")
+        beside = " (an H100 has 80 GB, an H200 141 GB)" if name == "total" else ""
+        display.print(f"{name:<10} {nbytes(size)} on each device{beside}")
     return {f"{name}_bytes": size for name, size in sizes.items()} | {
         "stage": config.stage,
         "model": model.name,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_causal import flow, modules, rope, transformer
+from jax_causal import modules, rope, transformer
 from jax_causal.config import ModelConfig
 from jax_causal.parallel import Parallel, SingleDevice
 from jax_causal.text import UMT5Encoder
@@ -85,27 +85,32 @@ class CausalStage:
         params = optim.cast(params, self.config.dtype)
         keys = jax.random.split(key, 5)
         x0, ids, _ = diffusion.draw(keys[0], clips, batch)
-        dropped = jax.random.bernoulli(keys[1], self.options.drop_prompt, (batch, 1))
-        ids = jnp.where(dropped, diffusion.null_prompt(self.tokenizer), ids)
+        ids, _ = diffusion.drop_prompts(
+            keys[1], ids, self.options.drop_prompt, diffusion.null_prompt(self.tokenizer)
+        )
         context = diffusion.encode_prompts(self.model, encoder, ids)
 
         t, sigma = diffusion.draw_times(keys[2], (batch, self.blocks[-1] + 1), self.model.sampler.shift)
         t, sigma = t[:, self.blocks], sigma[:, self.blocks]  # one for each frame
         noise = self.setting.noise(keys[3], batch, x0.dtype)
-        x = flow.add_noise(x0, noise, sigma)
+        frames = self.frames(keys[4])
         network = transformer.bind(self.model.transformer, params, remat=self.config.remat)
-        v = network.teacher_forcing(
-            x,
-            t,
-            x0,
-            network.embed_text(context),
-            self.frames(keys[4]),
-            self.setting.grid,
-            self.parallel,
-            frame_mask=transformer.teacher_forcing_mask(self.blocks),
-            clean_t=jnp.full_like(t, self.model.sampler.context_noise),
-        )
-        error = diffusion.velocity_error(v, noise, x0, self.setting.tokens)
+        text = network.embed_text(context)
+
+        def velocity(x, t):
+            return network.teacher_forcing(
+                x,
+                t,
+                x0,
+                text,
+                frames,
+                self.setting.grid,
+                self.parallel,
+                frame_mask=transformer.teacher_forcing_mask(self.blocks),
+                clean_t=jnp.full_like(t, self.model.sampler.context_noise),
+            )
+
+        error = diffusion.flow_matching_loss(velocity, x0, noise, t, sigma, self.setting.tokens)
         return error, {"loss": error}
 
     def frames(self, key):

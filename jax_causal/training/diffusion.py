@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -102,6 +102,12 @@ def draw(key, clips: Clips, batch: int):
     return clips.latents[which], clips.prompts.ids[which, wording], clips.prompts.labels[which, wording]
 
 
+def drop_prompts(key, ids, share: float, null):
+    """Token ids [B, L] with a `share` of them replaced by the prompt `null` [L], and bool [B, 1]: which."""
+    dropped = jax.random.bernoulli(key, share, (ids.shape[0], 1))
+    return jnp.where(dropped, null, ids), dropped
+
+
 def null_prompt(tokenizer: Tokenizer) -> np.ndarray:
     """Token ids [L] of a prompt that says nothing."""
     ids = np.full(tokenizer.max_length, tokenizer.pad_id, np.int32)
@@ -141,6 +147,25 @@ def draw_times(key, shape, shift: float):
     """Timesteps and sigmas (fp32, of `shape`) drawn evenly from the schedule's table."""
     index = jax.random.randint(key, shape, 0, flow.NUM_TIMESTEPS)
     return jnp.asarray(flow.timesteps(shift))[index], jnp.asarray(flow.sigmas(shift))[index]
+
+
+def clipped_times(key, shape, shift: float, earliest: float, latest: float):
+    """`draw_times`, and what lies outside the timesteps from `earliest` to `latest` moved to their ends."""
+    t, sigma = draw_times(key, shape, shift)
+    ends = np.array([earliest, latest], np.float32)
+    return jnp.clip(t, *ends), jnp.clip(sigma, *(ends / flow.NUM_TIMESTEPS))
+
+
+def flow_matching_loss(velocity: Callable, x0, noise, t, sigma, tokens: int):
+    """Mean squared error [] of a network that is to tell the velocity from a noisy sample (arXiv:2210.02747).
+
+    Args:
+      velocity: (x, t) -> v, of x0 [B, F, S, C] with noise.
+      noise: of the shape of x0.
+      t, sigma: timesteps and noise levels [B, F'].
+      tokens: of a frame that count; see `token_mean`.
+    """
+    return velocity_error(velocity(flow.add_noise(x0, noise, sigma), t), noise, x0, tokens)
 
 
 def velocity_error(v, noise, x0, tokens: int):

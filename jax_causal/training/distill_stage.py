@@ -235,15 +235,17 @@ class DistillStage:
         context, _, x, _, _ = jax.lax.stop_gradient(self.rollouts(generator, keys[0], ids, frozen, batch))
         t, sigma = self.draw_times(keys[1], batch)
         noise = self.setting.noise(keys[2], batch, x.dtype)
-        v = self.velocity(params, flow.add_noise(x, noise, sigma), t, context)
-        loss = diffusion.velocity_error(v, noise, x, self.setting.tokens)
+        loss = diffusion.flow_matching_loss(
+            lambda x, t: self.velocity(params, x, t, context), x, noise, t, sigma, self.setting.tokens
+        )
         return loss, {"loss": loss}
 
     def draw_times(self, key, batch: int):
-        """One timestep and sigma for each whole video, [B, 1] fp32, drawn as in training, then clipped."""
-        t, sigma = diffusion.draw_times(key, (batch, 1), self.model.sampler.shift)
-        t = jnp.clip(t, self.options.earliest, self.options.latest)
-        return t, jnp.clip(sigma, self.options.earliest / 1000, self.options.latest / 1000)
+        """One timestep and sigma for each whole video, [B, 1] fp32."""
+        options = self.options
+        return diffusion.clipped_times(
+            key, (batch, 1), self.model.sampler.shift, options.earliest, options.latest
+        )
 
     def velocity(self, params, x, t, context):
         """A bidirectional pass."""

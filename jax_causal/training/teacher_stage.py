@@ -13,7 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jax_causal import flow, modules, transformer
+from jax_causal import modules, transformer
 from jax_causal.config import ModelConfig
 from jax_causal.parallel import Parallel, SingleDevice
 from jax_causal.text import UMT5Encoder
@@ -84,21 +84,22 @@ class TeacherStage:
         params = optim.cast(params, self.config.dtype)
         keys = jax.random.split(key, 5)
         x0, ids, labels = diffusion.draw(keys[0], clips, batch)
-        dropped = jax.random.bernoulli(keys[1], self.options.drop_prompt, (batch, 1))
-        context = diffusion.encode_prompts(
-            self.model, params["text_encoder"], jnp.where(dropped, diffusion.null_prompt(self.tokenizer), ids)
+        ids, dropped = diffusion.drop_prompts(
+            keys[1], ids, self.options.drop_prompt, diffusion.null_prompt(self.tokenizer)
         )
+        context = diffusion.encode_prompts(self.model, params["text_encoder"], ids)
         named = jnp.where(dropped, data.UNNAMED, labels)
         reading = diffusion.probe_loss(context, named, params["probe"])
 
         t, sigma = diffusion.draw_times(keys[2], (batch, 1), self.model.sampler.shift)
         noise = self.setting.noise(keys[3], batch, x0.dtype)
-        x = flow.add_noise(x0, noise, sigma)
         network = transformer.bind(self.model.transformer, params["transformer"], remat=self.config.remat)
-        v = network.forward(
-            x, t, network.embed_text(context), self.setting.frames, self.setting.grid, self.parallel
-        )
-        error = diffusion.velocity_error(v, noise, x0, self.setting.tokens)
+        text = network.embed_text(context)
+
+        def velocity(x, t):
+            return network.forward(x, t, text, self.setting.frames, self.setting.grid, self.parallel)
+
+        error = diffusion.flow_matching_loss(velocity, x0, noise, t, sigma, self.setting.tokens)
         loss = error + self.options.probe_weight * reading
         return loss, {"loss": loss, "velocity_error": error, "probe_loss": reading}
 
