@@ -192,7 +192,7 @@ class DistillStage:
         network = transformer.bind(self.model.transformer, params)
         draws = jax.random.split(keys[1], len(self.spec.sampler.steps))
         noise = jnp.stack([self.setting.noise(key, batch, self.config.dtype) for key in draws])
-        exit_step = jax.random.randint(keys[2], (), 0, len(self.spec.sampler.steps))
+        exit_step = self.draw_exit(keys[2])
         frames = gapped_frames(
             keys[3],
             self.blocks,
@@ -239,6 +239,10 @@ class DistillStage:
             lambda x, t: self.velocity(params, x, t, context), x, noise, t, sigma, self.setting.tokens
         )
         return loss, {"loss": loss}
+
+    def draw_exit(self, key):
+        """Index, int32 [], of the denoising step at which all blocks of all rollouts are left."""
+        return jax.random.randint(key, (), 0, len(self.spec.sampler.steps))
 
     def draw_times(self, key, batch: int):
         """One timestep and sigma for each whole video, [B, 1] fp32."""
