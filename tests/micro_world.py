@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax_causal import modules
 from jax_causal.config import ModelConfig, from_dict
 from jax_causal.pipeline import COMPONENTS
-from jax_causal.training import config as configs
 from jax_causal.training import stage as stages
 from jax_causal.training.config import TrainConfig
 

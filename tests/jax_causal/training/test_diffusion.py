@@ -229,9 +229,7 @@ def test_gapped_frames():
     run = jax.jit(jax.vmap(lambda key: gapped_frames(key, blocks, head_dim, longest, 0.6)))
     factors = np.asarray(run(jax.random.split(jax.random.key(0), draws)))
     possible = [
-        np.concatenate(
-            [rope.frame_factors(0, 2, head_dim), rope.frame_factors(2 + gap, 4, head_dim)], axis=1
-        )
+        np.concatenate([rope.frame_factors(0, 2, head_dim), rope.frame_factors(2 + gap, 4, head_dim)], axis=1)
         for gap in range(longest + 1)
     ]
     distance = np.stack([np.abs(factors - one).max((1, 2, 3)) for one in possible])
@@ -264,9 +262,7 @@ def test_guidance(monkeypatch):
     calls, original = [], stage.score
     monkeypatch.setattr(stage, "score", score)
     monkeypatch.setattr(distill_stage, "dmd_loss", capture)
-    stage.generator_loss(
-        state["generator"]["params"], state, jax.random.key(3), ids, negative, frozen, 2
-    )
+    stage.generator_loss(state["generator"]["params"], state, jax.random.key(3), ids, negative, frozen, 2)
     (_, context, cond, *noisy), (_, nothing, uncond, *_), (which, fake_context, fake, *_) = calls
     assert [call[0] for call in calls] == ["teacher", "teacher", "critic"]
     np.testing.assert_allclose(seen["real"], cond + 3 * (cond - uncond), atol=1e-4)
@@ -287,9 +283,7 @@ def test_guidance(monkeypatch):
     calls.clear()
     plain = micro_world.stage("distill", options={"guidance": 1.0})
     monkeypatch.setattr(plain, "score", score)
-    plain.generator_loss(
-        state["generator"]["params"], state, jax.random.key(3), ids, negative, frozen, 2
-    )
+    plain.generator_loss(state["generator"]["params"], state, jax.random.key(3), ids, negative, frozen, 2)
     np.testing.assert_array_equal(seen["real"], calls[0][2])
     assert len(calls) == 2
 

@@ -132,9 +132,7 @@ def _attached(params, inputs, clean, exit_step, factors):
     network = transformer.bind(CONFIG, params)
     mask = transformer.teacher_forcing_mask(transformer.block_index(FRAMES, 2))
     text = network.embed_text(_context())
-    v = network.teacher_forcing(
-        inputs, t, clean, text, factors, GRID, SPEC.parallel, frame_mask=mask
-    )
+    v = network.teacher_forcing(inputs, t, clean, text, factors, GRID, SPEC.parallel, frame_mask=mask)
     return flow.x0_from_flow(inputs, v, t / 1000)
 
 
@@ -165,9 +163,7 @@ def _worst(gradient, expected):
     )
 
 
-@pytest.mark.parametrize(
-    ("exit_step", "factors"), [(0, "plain"), (3, "plain"), (1, "gapped"), (3, "gapped")]
-)
+@pytest.mark.parametrize(("exit_step", "factors"), [(0, "plain"), (3, "plain"), (1, "gapped"), (3, "gapped")])
 def test_the_pass_over_all_blocks_is_the_last_pass_of_each(exit_step, factors):
     """In value for every block, and in the gradient of every parameter."""
     x0, gradient = _gradient(_at_once, exit_step, factors)
