@@ -263,7 +263,7 @@ def test_guidance(monkeypatch):
     monkeypatch.setattr(stage, "score", score)
     monkeypatch.setattr(distill_stage, "dmd_loss", capture)
     stage.generator_loss(state["generator"]["params"], state, jax.random.key(3), ids, negative, frozen, 2)
-    (_, context, cond, *noisy), (_, nothing, uncond, *_), (which, fake_context, fake, *_) = calls
+    (_, context, cond, *noisy), (_, nothing, uncond, *_), (_, fake_context, fake, *_) = calls
     assert [call[0] for call in calls] == ["teacher", "teacher", "critic"]
     np.testing.assert_allclose(seen["real"], cond + 3 * (cond - uncond), atol=1e-4)
     np.testing.assert_array_equal(seen["fake"], fake)
