@@ -16,7 +16,6 @@ def tokenizer():
     return micro_world.stage("teacher").tokenizer
 
 
-@pytest.mark.slow
 def test_training_it_again_gives_the_same_file(tmp_path):
     vocabulary.train(tmp_path / "again.model", vocab_size=576)
     (bundled,) = Path(jax_causal.__file__).parent.rglob("*.model")

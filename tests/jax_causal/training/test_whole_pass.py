@@ -35,7 +35,8 @@ def test_all_stages(tmp_path):
     falls = {"vae": ("error", 1.3), "teacher": ("velocity_error", 1.8), "causal": ("loss", 1.1)}
     for stage in ("vae", "teacher", "causal", "distill"):
         command = ["train", "--config", CONFIGS / f"{stage}.json", "--out", stage, "--json", f"{stage}.out"]
-        subprocess.run([sys.executable, "-m", "jax_causal", *command], check=True, cwd=tmp_path, env=environ)
+        program = [sys.executable, "-m", "jax_causal", *command]
+        subprocess.run(program, check=True, cwd=tmp_path, env=environ | flags.get(stage, {}))
         assert json.loads((tmp_path / f"{stage}.out").read_text())["finished"]
         if stage in falls:
             name, factor = falls[stage]
