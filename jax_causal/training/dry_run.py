@@ -12,7 +12,7 @@ gigabyte), sample videos, and the checkpoint that is being written.
 
 The program is compiled for virtual CPU devices, whatever the machine has, and that makes "temporary" a bound from
 above for accelerators: a CPU computes bfloat16 products in fp32 and keeps their operands so, and its attention, which
-goes over keys in chunks, keeps a mask for each chunk (for the 1.3B model 18 GB).
+goes over keys in chunks, keeps a mask for each chunk (for the 1.3B model 19 GB).
 """
 
 from __future__ import annotations
