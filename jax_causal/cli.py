@@ -7,122 +7,13 @@ know before it starts is in the environment when a verb imports it.
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from jax_causal import __version__, environment
-
-_GENERATE = """\
-examples:
-  jax-causal generate "a red ball rolls to the right" --out ball.mp4
-  jax-causal generate "a harbour at dawn" --out dawn.mp4 --model FOLDER --seed 7
-  jax-causal generate --prompts prompts.txt --out videos --model FOLDER
-
-times:
-  first_frame_s and total_s start when the prompt is handed to the loaded model.
-  They contain text encoding, denoising, context passes and decoding; total_s
-  ends when the file is complete, and fps is frames / total_s. Loading is not in
-  them. Compiling is, unless --warmup does it before; compile_s says how much it
-  was. The phases (text_s, denoise_s, ...) never contain compiling.
-
-prompts files:
-  One prompt per line; empty lines and lines that start with # are skipped.
-  Videos are numbered 0001.mp4, 0002.mp4, ... and all take the same --seed, so
-  that any of them can be made again alone. After an interruption the same
-  command continues. --json writes one line per video.
-
-environment:
-  Compiled programs are kept in ~/.cache/jax_causal/xla; the variable
-  JAX_COMPILATION_CACHE_DIR names another folder. JAX_CAUSAL_TRACEBACK=1 shows
-  where an error came from.
-"""
-
-_CONVERT = """\
-examples:
-  jax-causal convert gdhe17/Self-Forcing/checkpoints/self_forcing_dmd.pt FOLDER
-  jax-causal convert Wan-AI/Wan2.1-T2V-1.3B/Wan2.1_VAE.pth FOLDER
-  jax-causal convert downloads/self_forcing_dmd.pt FOLDER --dtype bfloat16
-
-FOLDER is complete once it has a transformer, a vae, a text encoder and a
-tokenizer; convert says what is still missing and which command adds it.
-"""
-
-_EXPLAIN = """\
-examples:
-  jax-causal explain --devices 8 --strategy hybrid --preset wan-1.3b
-  jax-causal explain --devices 6 --model FOLDER --height 320 --width 576
-
-No weights are read and nothing is run: the model is compiled for virtual CPU
-devices, and what it sends is read from the compiled program.
-"""
-
-_BENCH = """\
-examples:
-  jax-causal bench --preset wan-1.3b --json today.json
-  jax-causal bench --preset wan-1.3b --compare today.json --only rollout,decode
-  jax-causal bench --model FOLDER --devices 8 --strategy hybrid
-  jax-causal bench --preset wan-1.3b --scaling --json scaling.json
-
-Every row says what is inside it. Floors are operations by the speeds that
-large products and attention reach on the same device in the same run.
-"""
-
-_TRAIN = """\
-examples:
-  jax-causal train --stage vae --out runs/vae
-  jax-causal train --stage teacher --out runs/teacher --set init_from=runs/vae
-  jax-causal train --config FILE.json --out FOLDER --set learning_rate=1e-4 mesh.seq=4
-  jax-causal train --config FILE.json --out FOLDER --resume
-  jax-causal train --config wan-1.3b-distill --dry-run
-
-FOLDER becomes a model folder, from which the next stage starts. FOLDER/training
-holds config.json, metrics.jsonl (a line an update), samples and the last two
-checkpoints. Ctrl-C saves another one before it ends. A run that is resumed ends
-with the same bits as one that was never interrupted.
-"""
-
-_EVAL = """\
-examples:
-  jax-causal eval --model tiny
-  jax-causal eval --model FOLDER --teacher TEACHER --variants all --json scores.json --sheet clips.png
-  jax-causal eval --model FOLDER --variants model,gather,ring --precision float32 --limit 16
-  jax-causal eval --model FOLDER --vbench OUT --prompts prompts_per_dimension/scene.txt
-
-A model of the procedural world is scored by an oracle on fixed prompts and
-seeds; the first variant is the one that the others are compared with.
-variants:
-  model              as the options say
-  single             on one device
-  gather, ulysses, ring, hybrid    on --devices devices (8)
-  float32, bfloat16  in this precision
-  windowed           --window latent frames (12), --sink of them kept (a block)
-  teacher            the model of --teacher, in many steps with guidance
-  vae, truth         rendered clips with and without the model's VAE between
-  all                all of these that there are weights and devices for
--Nx after a name makes clips N times as long, scored in N windows:
-windowed-4x shows drift.
-
-sets of prompts: held-out, seen (combinations never and ever trained on),
-held-out-pairs, seen-pairs (two objects).
-
-For models of the real world, --vbench makes the videos that VBench wants:
---seeds of each prompt (5, for temporal_flickering 25) in OUT/SUITE. The same
-command continues after an interruption.
-"""
+from jax_causal import arguments, environment
 
 _BAD_INPUT = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
-
-
-class _Parser(argparse.ArgumentParser):
-    def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
-
-    def error(self, message):
-        # Without the usage: it is long enough to hide the message.
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     `JAX_CAUSAL_TRACEBACK=1` in the environment lets errors through with their traceback.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = _parse(argv)
+    args = arguments.parse(argv, {"convert": _convert_arguments})
     # Bench starts processes that need the device's memory beside it; these are told since when they run.
     alone = args.verb != "bench" or args.since is not None
     # Of several processes, each has a share of the devices only; `distributed` sees to that.
@@ -141,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         with console.plain_warnings():
-            args.run(args)
+            _VERBS[args.verb](args)
         return 0
     except KeyboardInterrupt as interrupt:
         without = " without --overwrite" if getattr(args, "overwrite", False) else ""
@@ -173,156 +64,6 @@ def _explain(error: Exception, verb: str) -> tuple[str | None, int]:
     return str(error), 1
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog="jax-causal",
-        description="Text to video, block by block, in JAX.",
-        epilog='first video:\n  jax-causal generate "a red ball rolls to the right" --out ball.mp4\n',
-    )
-    parser.add_argument("--version", action="version", version=f"jax-causal {__version__}")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb", required=True)
-    generate = verbs.add_parser(
-        "generate",
-        help="make videos from prompts",
-        description="Makes a video from a prompt, or one from every line of a file.",
-        epilog=_GENERATE,
-    )
-    _generate_arguments(generate)
-    generate.set_defaults(run=_generate)
-    explain = verbs.add_parser(
-        "explain",
-        help="show how a model would be shared by several devices",
-        description="Shows what each of several devices would hold, and what they would send each other.",
-        epilog=_EXPLAIN,
-    )
-    _size_arguments(explain)
-    _model_arguments(explain)
-    explain.set_defaults(run=_explain_sharding, devices=8)
-    bench = verbs.add_parser(
-        "bench",
-        help="measure speed and memory",
-        description="Measures a model: end to end, part by part, and against what the device can do.",
-        epilog=_BENCH,
-    )
-    _bench_arguments(bench)
-    bench.set_defaults(run=_bench, image=None, video=None)
-    train = verbs.add_parser(
-        "train",
-        help="train a stage: vae, teacher, causal or distill",
-        description="Trains one stage of a model and leaves a model folder.",
-        epilog=_TRAIN,
-    )
-    _train_arguments(train)
-    train.set_defaults(run=_train)
-    evaluate = verbs.add_parser(
-        "eval",
-        help="score a model, or make videos for VBench",
-        description="Scores a model of the procedural world, or makes the videos that VBench scores.",
-        epilog=_EVAL,
-    )
-    _eval_arguments(evaluate)
-    evaluate.set_defaults(run=_eval, image=None, video=None)
-    convert = verbs.add_parser(
-        "convert",
-        help="make a model folder from PyTorch weights",
-        description="Adds every component that SOURCE holds to the model folder DEST.",
-        epilog=_CONVERT,
-    )
-    if not argv:
-        parser.print_help(sys.stderr)
-        parser.exit(2)
-    verb = argv[0]
-    if verb == "convert":
-        _convert_arguments(convert)
-    elif not verb.startswith("-") and verb not in verbs.choices:
-        near = difflib.get_close_matches(verb, verbs.choices, n=1, cutoff=0.5) or ["generate"]
-        hint = f'jax-causal generate "{verb}"' if " " in verb else near[0]
-        parser.error(f"unknown verb {verb!r}: did you mean {hint}?")
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        _refuse(verbs.choices[args.verb], unknown[0])
-    return args
-
-
-def _refuse(parser: argparse.ArgumentParser, word: str) -> None:
-    """Ends with an error about an argument that `parser` does not know."""
-    if word.startswith("-"):
-        near = difflib.get_close_matches(word, parser._option_string_actions, n=1)
-        parser.error(f"unknown option {word}" + (f": did you mean {near[0]}?" if near else ""))
-    parser.error(f"unexpected {word!r}: a prompt of several words goes in quotes")
-
-
-def _generate_arguments(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_argument_group("what to make").add_mutually_exclusive_group(required=True)
-    what.add_argument("prompt", metavar="PROMPT", nargs="?", help="what the video shows")
-    what.add_argument(
-        "--prompts", metavar="FILE", type=Path, help="a prompt per line; --out is then a folder"
-    )
-
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--out",
-        metavar="PATH",
-        type=Path,
-        required=True,
-        help="video to write, .mp4 or .gif; a folder with --prompts",
-    )
-    output.add_argument("--overwrite", action="store_true", help="replace what --out holds")
-    output.add_argument("--quiet", action="store_true", help="show warnings and errors only")
-
-    given = _size_arguments(parser).add_mutually_exclusive_group()
-    given.add_argument(
-        "--image", metavar="FILE", type=Path, help="first frame, for models that can start from one"
-    )
-    given.add_argument("--video", metavar="FILE", type=Path, help="clip to extend; --frames counts it too")
-
-    model = _model_arguments(parser)
-    model.add_argument("--warmup", action="store_true", help="compile before the clock starts")
-
-    several = parser.add_argument_group("several processes, on one host or more")
-    several.add_argument(
-        "--distributed", action="store_true", help="be one of several processes that share the devices of all"
-    )
-    several.add_argument(
-        "--coordinator",
-        metavar="HOST:PORT",
-        help="where process 0 listens (default: the launcher's variables)",
-    )
-    several.add_argument("--num-processes", metavar="N", type=_whole(1), help="of the run")
-    several.add_argument("--process-id", metavar="I", type=_whole(0), help="of this one, from 0")
-    several.add_argument("--timeout", metavar="S", type=_whole(1), help="to wait for the others (60)")
-
-
-def _size_arguments(parser: argparse.ArgumentParser):
-    """Options of every verb that is about a video of a certain size."""
-    group = parser.add_argument_group("video")
-    group.add_argument("--frames", metavar="N", type=_whole(1), help="video frames (default: the model's)")
-    group.add_argument("--height", metavar="N", type=_whole(1), help="pixels (default: the model's)")
-    group.add_argument("--width", metavar="N", type=_whole(1), help="pixels (default: the model's)")
-    return group
-
-
-def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    _size_arguments(parser)
-    _model_arguments(parser)
-    group = parser.add_argument_group("measuring")
-    group.add_argument("--repeats", metavar="N", type=_whole(1), default=5, help="behind every median (5)")
-    group.add_argument(
-        "--only", metavar="ROWS", type=_names, help="rows to measure, with commas between (default: all)"
-    )
-    group.add_argument("--compare", metavar="FILE", type=Path, help="show ratios to what --json wrote before")
-    group.add_argument(
-        "--scaling",
-        action="store_true",
-        help="measure one device and every strategy on --devices (default: all), and project to more",
-    )
-    group.add_argument(
-        "--project", metavar="N", type=_whole(2), default=8, help="devices to project to with --scaling (8)"
-    )
-    # How bench starts itself, to measure a fresh process: since when it runs.
-    parser.add_argument("--since", type=float, help=argparse.SUPPRESS)
-
-
 def _bench(args: argparse.Namespace) -> None:
     if args.scaling:
         from sharding import scaling_report
@@ -332,40 +73,6 @@ def _bench(args: argparse.Namespace) -> None:
     from jax_causal import bench_report
 
     bench_report.run(args, _parallel(args))
-
-
-def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what to train")
-    group.add_argument("--stage", choices=("vae", "teacher", "causal", "distill"), help="which objective")
-    group.add_argument(
-        "--config", metavar="NAME|FILE", help="bundled configuration or JSON file (tiny-STAGE)"
-    )
-    group.add_argument(
-        "--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="values to change in it"
-    )
-    output = parser.add_argument_group("output")
-    output.add_argument("--out", metavar="FOLDER", type=Path, help="model folder to make")
-    output.add_argument(
-        "--dry-run", action="store_true", help="show the memory it takes on each device instead"
-    )
-    output.add_argument("--resume", action="store_true", help="go on from the last checkpoint in it")
-    output.add_argument(
-        "--allow-changes", action="store_true", help="resume with another configuration than before"
-    )
-    output.add_argument("--json", metavar="FILE", help="write how it ended; - is standard output")
-    output.add_argument("--quiet", action="store_true", help="show warnings and errors only")
-    devices = parser.add_argument_group("devices")
-    devices.add_argument(
-        "--devices",
-        metavar="N",
-        type=_whole(1),
-        help="share the batch among N devices, or among N / mesh.seq groups of them",
-    )
-    devices.add_argument(
-        "--strategy",
-        metavar="NAME",
-        help="share every frame instead: auto, gather, ulysses, ring or hybrid, as in generate",
-    )
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -388,30 +95,6 @@ def _training_parallel(config):
     return SequenceParallel(
         config.mesh.size, config.strategy, data=config.mesh.data, shard_params=config.shard_params
     )
-
-
-def _eval_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what to score")
-    group.add_argument("--variants", metavar="LIST", type=_names, default=["model"], help="see below (model)")
-    group.add_argument("--sets", metavar="LIST", type=_names, help="of prompts (CPU: held-out; else all)")
-    group.add_argument("--limit", metavar="N", type=_whole(1), help="prompts of each set (CPU: 32; else 128)")
-    group.add_argument("--seeds", metavar="N", type=_whole(1), help="clips of each prompt (CPU: 1; else 8)")
-    group.add_argument("--batch", metavar="N", type=_whole(1), help="clips made at once (CPU: 4; else 32)")
-    group.add_argument(
-        "--sheet", metavar="FILE.png", type=Path, help="write a contact sheet of the first variant"
-    )
-    group.add_argument("--teacher", metavar="FOLDER", type=Path, help="many-step model to compare with")
-    group.add_argument("--steps", metavar="N", type=_whole(1, 1000), default=50, help="of the teacher (50)")
-    group.add_argument("--guidance", metavar="X", type=float, default=3.0, help="of the teacher (3)")
-    group = parser.add_argument_group("VBench")
-    group.add_argument("--vbench", metavar="OUT", type=Path, help="folder for the videos")
-    group.add_argument("--prompts", metavar="FILE", type=Path, help="suite of prompts, one per line")
-    group.add_argument(
-        "--extended", metavar="FILE", type=Path, help="longer wordings for the model, line by line"
-    )
-    group.add_argument("--overwrite", action="store_true", help="make all videos anew")
-    _size_arguments(parser)
-    _model_arguments(parser)
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -465,64 +148,25 @@ def _parallel(args: argparse.Namespace):
     return SequenceParallel(args.devices, args.strategy or "auto")
 
 
-def _model_arguments(parser: argparse.ArgumentParser):
-    """Options of every verb that runs a model."""
-    group = parser.add_argument_group("model")
-    which = group.add_mutually_exclusive_group()
-    which.add_argument(
-        "--model", metavar="NAME|FOLDER", default="tiny", help="bundled model or model folder (tiny)"
-    )
-    which.add_argument("--preset", metavar="NAME", help="random weights of this size instead: shows noise")
-    group.add_argument(
-        "--precision",
-        choices=("auto", "bfloat16", "float32"),
-        default="auto",
-        help="auto is bfloat16 on accelerators and float32, which is faster there, on CPUs",
-    )
-    group.add_argument(
-        "--window", metavar="N", type=_whole(1), help="latent frames attended to (default: all)"
-    )
-    group.add_argument(
-        "--sink", metavar="N", type=_whole(0), default=0, help="first latent frames kept in the window"
-    )
-    group.add_argument(
-        "--devices",
-        metavar="N",
-        type=_whole(1),
-        help="shard every frame over N devices (default: one device)",
-    )
-    group.add_argument(
-        "--strategy",
-        metavar="NAME",
-        help="how: auto, gather, ulysses, ring or hybrid (auto, over all devices)",
-    )
-    seed = _whole(0, 2**32 - 1)  # JAX would drop higher bits
-    group.add_argument("--seed", metavar="N", type=seed, default=0, help="of the noise (0)")
-    group.add_argument("--json", metavar="FILE", help="write timings and settings; - is standard output")
-    return group
-
-
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     # Converting needs no accelerator, and must not take one's memory.
     environment.apply(platform="cpu")
     from converters import convert
 
     convert.add_arguments(parser)
-    parser.set_defaults(run=convert.run)
 
 
-def _names(text: str) -> list[str]:
-    """The words between commas."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+def _convert(args: argparse.Namespace) -> None:
+    from converters import convert
+
+    convert.run(args)
 
 
-def _whole(low: int, high: int | None = None):
-    """A parser of whole numbers from `low` to `high`, both included."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < low or (high is not None and int(text) > high):
-            bounds = f"{low} or more" if high is None else f"{low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, {bounds}")
-        return int(text)
-
-    return parse
+_VERBS = {
+    "generate": _generate,
+    "explain": _explain_sharding,
+    "bench": _bench,
+    "train": _train,
+    "eval": _eval,
+    "convert": _convert,
+}

@@ -13,6 +13,7 @@ import pytest
 
 from jax_causal import (
     Pipeline,
+    arguments,
     bench,
     bench_ceilings,
     bench_profile,
@@ -198,7 +199,7 @@ def test_fresh_processes(capsys):
 
 
 def test_a_fresh_process_that_fails_says_why(monkeypatch):
-    args = cli._parse(["bench", "--preset", "tiny", "--frames", "9", "--window", "1"])
+    args = arguments.parse(["bench", "--preset", "tiny", "--frames", "9", "--window", "1"], {})
     with pytest.raises(RuntimeError, match="window=1 must hold"):
         bench_start.measure(args)
 

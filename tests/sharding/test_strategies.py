@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from jax_causal import cli
+from jax_causal import arguments
 from jax_causal.config import PRESETS, TransformerConfig
 from jax_causal.console import nbytes
 from jax_causal.generate import Job
@@ -137,7 +137,7 @@ def test_auto_judges_by_the_size_asked_for(monkeypatch):
 )
 def test_generate_tells_auto_what_is_asked_for(options, gathers, monkeypatch):
     monkeypatch.setattr("sharding.sequence_parallel._memory", lambda device: int(6e9 + 2.8e9))
-    args = cli._parse(["generate", "x", "--out", "x.mp4", "--preset", "wan-1.3b", *options])
+    args = arguments.parse(["generate", "x", "--out", "x.mp4", "--preset", "wan-1.3b", *options], {})
     assert Job.create(args, SequenceParallel(2), "x").parallel.strategy.gathers == gathers
 
 

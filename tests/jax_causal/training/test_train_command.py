@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from jax_causal import arguments as command_line
 from jax_causal import cli, environment, train_command
 from jax_causal.config import preset
 from jax_causal.training import checkpoints, stage
@@ -37,7 +38,7 @@ def run(*argv) -> int:
 
 
 def arguments(*argv):
-    return cli._parse(["train", "--out", "a", *argv])
+    return command_line.parse(["train", "--out", "a", *argv], {})
 
 
 def test_a_run_and_the_next_one_from_its_folder(capsys):
