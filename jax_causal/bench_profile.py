@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -71,7 +72,11 @@ def _kernels(file: Path) -> list[tuple[str, float, float]]:
     else:
         host = planes.get("/host:CPU")
         events = [event for line in host.lines for event in line.events] if host else []
-        events = [event for event in events if _is_operation(event)]
+        with warnings.catch_warnings():
+            # Newer versions of jaxlib make the type of the statistics in a way that Python deprecates; where warnings
+            # are errors, that ends the process.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            events = [event for event in events if _is_operation(event)]
     return [(event.name, event.start_ns / 1e9, event.duration_ns / 1e9) for event in events]
 
 
