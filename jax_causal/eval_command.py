@@ -214,16 +214,17 @@ def export(args: argparse.Namespace, parallel: Parallel) -> None:
         settings=settings,
         overwrite=args.overwrite,
     )
-    todo, write_json, display = suite.unfinished(), json_writer(args.json), Display()
+    unfinished, write_json, display = suite.unfinished(), json_writer(args.json), Display()
     note(
-        f"{suite.count} videos of {len(suite.prompts)} prompts, {suite.count - len(todo)} finished in {suite.folder}"
+        f"{suite.count} videos of {len(suite.prompts)} prompts, "
+        f"{suite.count - len(unfinished)} finished in {suite.folder}"
     )
-    if not todo:
+    if not unfinished:
         return
     with CompileClock() as clock:
         pipe = job.load()
         suite.begin()
-        for one in todo:
+        for one in unfinished:
             timings = Timings(clock, compile_from=time.perf_counter())
             inputs = job.inputs | {"seed": one.seed}
             with VideoWriter(one.path, job.config.fps, overwrite=args.overwrite) as writer:

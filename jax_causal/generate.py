@@ -137,27 +137,30 @@ def run(args: argparse.Namespace, parallel: Parallel, session=None) -> None:
     if session:
         session.check_agreement(job.agreed | {"prompts": prompts})
     write_json = json_writer(args.json if writes else None)
-    many, todo = None, []
+    many, unfinished = None, []
     if not writes:
         pass  # process 0 knows what is to be done
     elif args.prompts:
         many = VideoFolder(args.out, prompts, job.settings, overwrite=args.overwrite)
-        todo = many.unfinished()
+        unfinished = many.unfinished()
     else:
         VideoWriter(
             args.out, job.config.fps, overwrite=args.overwrite
         )  # checks that there is a place to write to
-        todo = [(args.out, prompts[0])]
+        unfinished = [(args.out, prompts[0])]
 
     if session:
-        todo = [
-            (Path(path), prompt) for path, prompt in session.broadcast([(str(p), text) for p, text in todo])
+        unfinished = [
+            (Path(path), prompt)
+            for path, prompt in session.broadcast([(str(p), text) for p, text in unfinished])
         ]
     if writes:
         _announce(job, display)
     if many:
-        display.print(f"{len(prompts)} prompts, {len(prompts) - len(todo)} of them finished in {args.out}")
-    if not todo:
+        display.print(
+            f"{len(prompts)} prompts, {len(prompts) - len(unfinished)} of them finished in {args.out}"
+        )
+    if not unfinished:
         return
 
     with CompileClock() as clock:
@@ -169,7 +172,7 @@ def run(args: argparse.Namespace, parallel: Parallel, session=None) -> None:
                 pipe.warmup(**{name: value for name, value in job.inputs.items() if name != "seed"})
         if many:
             many.begin()
-        for path, prompt in todo:
+        for path, prompt in unfinished:
             timings = Timings(clock, compile_from=compile_from)
             if not writes:
                 for _ in pipe.stream(prompt, **job.inputs):

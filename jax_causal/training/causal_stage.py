@@ -28,19 +28,14 @@ from jax_causal.training.stage import step_key
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(diffusion.ClipOptions):
     """Of the stage `causal`.
 
     Attributes:
-      num_clips, wordings, encode_batch, drop_prompt: as of the stage `teacher`.
       longest_gap: latent frames that blocks after the first are moved by, at most.
       gap_share: share of steps that move them at all.
     """
 
-    num_clips: int = 20_480
-    wordings: int = 4
-    encode_batch: int = 8
-    drop_prompt: float = 0.1
     longest_gap: int = 0
     gap_share: float = 0.5
 

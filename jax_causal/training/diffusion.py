@@ -19,6 +19,23 @@ from jax_causal.training import data, optim
 from jax_causal.training.config import TrainConfig
 
 
+@dataclasses.dataclass(frozen=True)
+class ClipOptions:
+    """What stages that train on encoded clips have in common.
+
+    Attributes:
+      num_clips: clips that are encoded before the first step.
+      wordings: captions of each.
+      encode_batch: clips encoded at a time.
+      drop_prompt: share of prompts left out.
+    """
+
+    num_clips: int = 20_480
+    wordings: int = 4
+    encode_batch: int = 8
+    drop_prompt: float = 0.1
+
+
 class Clips(NamedTuple):
     """Encoded clips [N, F, S, 4C] and their prompts."""
 

@@ -32,6 +32,9 @@ def roll_out(spec: RolloutSpec, params, text: TextKV, noise, renoise, exit_step,
 
     Returns:
       inputs and clean, both [B, F, S, 4C]: what the last pass of every block was given and what it predicted.
+
+    Raises:
+      ValueError: a sampler with an independent first frame, whose blocks are not equal.
     """
     size = spec.sampler.frames_per_block
     if spec.sampler.independent_first_frame:

@@ -24,21 +24,13 @@ from jax_causal.training.stage import step_key
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(diffusion.ClipOptions):
     """Of the stage `teacher`.
 
     Attributes:
-      num_clips: clips that are encoded before the first step.
-      wordings: captions of each.
-      encode_batch: clips encoded at a time.
-      drop_prompt: share of prompts left out.
       probe_weight: of the probe's cross-entropy beside the velocity's error.
     """
 
-    num_clips: int = 20_480
-    wordings: int = 4
-    encode_batch: int = 8
-    drop_prompt: float = 0.1
     probe_weight: float = 0.05
 
 

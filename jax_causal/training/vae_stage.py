@@ -24,7 +24,7 @@ from jax_causal.training.config import TrainConfig
 from jax_causal.training.stage import step_key
 from jax_causal.vae import VAE, to_uint8
 
-_REACH = 6
+_REACH = 6  # pixels beyond an object that count as near it
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from jax_causal import checkpoint, modules
 from jax_causal.config import ModelConfig, preset
 from jax_causal.text import UMT5Encoder
 from jax_causal.training import checkpoints, trainer
-from jax_causal.training.folder import Components, export, model_config, placed
+from jax_causal.training.folder import Components, placed
 from jax_causal.training.metrics import MetricsLog
 from jax_causal.training.stage import init_key, step_key
 from jax_causal.training.trainer import NotFinite, train
@@ -485,43 +485,6 @@ def test_the_host_waits_for_no_update(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer._Run, "collect", watched)
     run(tmp_path, config(checkpoint_every=0, log_every=5))
     assert reads[:8] == [(step, step - 2) for step in range(5, 41, 5)]
-
-
-# Folders.
-
-
-def test_sizes_of_the_model(tmp_path):
-    tiny = preset("tiny")
-    assert model_config(config(model="tiny")) == tiny
-    with pytest.raises(ValueError, match=r"config\.model is not given"):
-        model_config(config())
-    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
-        model_config(config(init_from=str(tmp_path)))
-    params = {"a": jnp.ones(2)}
-    export(tmp_path / "m", tiny, {"vae": params}, None)
-    assert model_config(config(init_from=str(tmp_path / "m"))) == tiny
-    assert model_config(config(model=str(tmp_path / "m"))) == tiny
-    # Sizes of what is not trained yet may differ, those of a component that is there may not.
-    other = json.loads(tiny.to_json())
-    other["transformer"]["num_layers"] = 2
-    assert model_config(config(model=other, init_from=str(tmp_path / "m"))).transformer.num_layers == 2
-    other["vae"]["dim"] = 8
-    with pytest.raises(ValueError, match=r"the vae of .* is not that of config\.model: dim was 16, is 8"):
-        model_config(config(model=other, init_from=str(tmp_path / "m")))
-
-
-def test_components_are_read_when_asked_for(tmp_path):
-    tiny, parallel = preset("tiny"), ToyStage(config()).parallel
-    params = modules.init(UMT5Encoder, tiny.text_encoder, jax.random.key(0), dtype=jnp.bfloat16)
-    checkpoint.save(tmp_path / "text_encoder", params)
-    (tmp_path / "vae").mkdir()  # damaged, which is nobody's concern here
-    found = Components(tmp_path, tiny, parallel)
-    assert set(found) == {"vae", "text_encoder"}
-    assert "transformer" not in found
-    assert found.get("transformer") is None
-    restored = found["text_encoder"]
-    assert_same_bits(restored, jax.tree.map(lambda x: np.asarray(x, np.float32), params))
-    assert len(Components(None, tiny, parallel)) == 0
 
 
 def test_the_toy_of_the_tests_is_a_program():
