@@ -103,6 +103,7 @@ def run(
     only: Collection[str] | None = None,
     seed: int = 0,
     progress: Callable[[str], None] = lambda what: None,
+    measured: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
     """Measures a pipeline on one video.
 
@@ -112,6 +113,7 @@ def run(
       only: names of the rows wanted; None is all. Ceilings are measured in any case, for the floors.
       seed: of all random inputs.
       progress: called with what is measured next.
+      measured: called with the rows wanted of each part as soon as they are known.
 
     Returns:
       Rows in the order of `BOUNDARIES`; those that this model or device cannot give are left out, and those of fresh
@@ -136,15 +138,21 @@ def run(
         (bench.text, ("text",)),
         (bench.profile, tuple(f"profile_{part}" for part in PROFILE)),
     ]
-    rows = bench.ceiling_rows(ceilings)
+    rows = []
+
+    def add(new: list[Row]) -> None:
+        new = [row for row in new if row.name in wanted]
+        rows.extend(new)
+        measured(new)
+
+    add(bench.ceiling_rows(ceilings))
     # A peak is of what was run: memory alone needs the runs whose peak it is.
     needed = wanted | {"rollout", "decode"} if "peak_memory_all" in wanted else wanted
     for measure, names in groups:
         if not needed.isdisjoint(names):
             progress(", ".join(names))
-            rows += measure(ceilings)
-    by_name = {row.name: row for row in rows}
-    return [by_name[name] for name in BOUNDARIES if name in wanted and name in by_name]
+            add(measure(ceilings))
+    return sorted(rows, key=lambda row: list(BOUNDARIES).index(row.name))
 
 
 def check_rows(names: Collection[str] | None) -> set[str]:
@@ -257,7 +265,7 @@ class _Bench:
             self._noise(self.spec, start, size)[0]
             for start, size in rollout.block_sizes(self.frames, self.spec.sampler)
         ]
-        pieces = [*jnp.split(blocks[0], [1], axis=1), *blocks[1:]] if blocks[0].shape[1] > 1 else blocks
+        pieces = [*_first_pieces(blocks[0]), *blocks[1:]]
 
         def decode():
             jax.block_until_ready(pieces)
@@ -287,7 +295,8 @@ class _Bench:
                 spec, self.params, cache, text, *noise, spec.place(start, frames)
             )
             cache = self._context(spec, cache, text, x0, start, frames)
-            video, state = self._decode(spec, x0, state)
+            for piece in [x0] if start else _first_pieces(x0):
+                video, state = self._decode(spec, piece, state)
             jax.block_until_ready((cache, video, state))
             # Blocks that overwrite others are all alike; the first two of the video compile.
             if start >= max(window, 2 * size):
@@ -364,6 +373,11 @@ class _Bench:
         rest = self._decoding(1, first=False)
         later = self.frames - 1
         return self._decoding(1, first=True).plus(Operations(later * rest.products, later * rest.attention))
+
+
+def _first_pieces(block: jax.Array) -> list[jax.Array]:
+    """The chunks that a run decodes the first block [B, F, S, 4C] in: the first frame alone, so that it comes early."""
+    return jnp.split(block, [1], axis=1) if block.shape[1] > 1 else [block]
 
 
 def _row(name: str, values: Sequence[float], floor: float | None = None, unit: str = "s") -> Row:

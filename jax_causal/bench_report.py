@@ -43,10 +43,16 @@ def run(args: argparse.Namespace, parallel: Parallel) -> None:
     if not wanted.isdisjoint(bench_start.ROWS):
         note(f"measuring fresh processes: {', '.join(bench_start.ROWS)}")
         started = [row for row in bench_start.measure(args) if row.name in wanted]
+        _tell(started)
     note(f"loading {job.config.name}")
     size = {name: job.inputs[name] for name in ("num_frames", "height", "width", "seed")}
     measured = bench.run(
-        job.load(), **size, repeats=args.repeats, only=wanted, progress=lambda what: note(f"measuring {what}")
+        job.load(),
+        **size,
+        repeats=args.repeats,
+        only=wanted,
+        progress=lambda what: note(f"measuring {what}"),
+        measured=_tell,
     )
     measured = sorted([*started, *measured], key=lambda row: list(BOUNDARIES).index(row.name))
     left_out = [name for name in BOUNDARIES if name in wanted and name not in {row.name for row in measured}]
@@ -62,6 +68,12 @@ def run(args: argparse.Namespace, parallel: Parallel) -> None:
     write_json(record)
     if args.json != "-":
         report(*_sections(record, measured, earlier))
+
+
+def _tell(rows: Sequence[Row]) -> None:
+    """Says what is known already: a long measurement may be cut short."""
+    for row in rows:
+        note(f"  {row.name} {_number(row.median)} {row.unit}")
 
 
 def read_earlier(path: Path, facts: dict) -> dict:

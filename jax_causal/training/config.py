@@ -45,6 +45,7 @@ class TrainConfig:
       num_steps: updates in all.
       batch_size: clips of an update, over all devices and microbatches.
       learning_rate: the highest.
+      optimizer: "adamw", or "muon" for the kernels and Adam for all else; see `optim`.
       model: name of a preset, a model folder whose sizes to take, or sizes; None for those of `init_from`.
       init_from: model folder to start from; the stage takes from it what it needs.
       seed: of weights, data and noise.
@@ -79,6 +80,7 @@ class TrainConfig:
     accumulate: int = 1
     warmup_steps: int = 0
     schedule: Literal["constant", "cosine"] = "constant"
+    optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: float = 0.0
     betas: tuple[float, ...] = (0.9, 0.999)
     eps: float = 1e-8

@@ -51,17 +51,40 @@ def scenes(key, count: int, *, split: str = "train") -> world.Scene:
 
 
 def clips(
-    key, count: int, num_frames: int, size: int, *, latest_start: float = 4.0
+    key,
+    count: int,
+    num_frames: int,
+    size: int,
+    *,
+    latest_start: float = 4.0,
+    cuts: float = 0.0,
+    cut_every: int = 4,
 ) -> tuple[jax.Array, jax.Array]:
-    """Video [count, T, size, size, 3] in [-1, 1], fp32, each clip from a moment up to `latest_start` seconds on; and
-    the color of each background [count, 3]."""
-    scene_key, time_key = jax.random.split(key)
+    """Clips of the world, each from a moment up to `latest_start` seconds on.
+
+    Args:
+      cuts: every clip draws a share of 0 to `cuts`; with that probability it goes on with another scene, at each of
+        the frames 1, 1 + cut_every, 1 + 2 cut_every, ...
+
+    Returns:
+      Video [count, T, size, size, 3] in [-1, 1], fp32; and the color of the background in each frame [count, T, 3].
+    """
+    scene_key, time_key, cut_key = jax.random.split(key, 3)
     start = jax.random.uniform(time_key, (count, 1), maxval=latest_start)
     times = start + world.frame_times(num_frames)
-    batch = scenes(scene_key, count)
-    video = jax.vmap(lambda s, t: world.render(s, t, size))(batch, times)
+    most = 1 + (num_frames - 1) // cut_every if cuts else 1
+    batch = jax.tree.map(lambda x: x.reshape(count, most, *x.shape[1:]), scenes(scene_key, count * most))
+    share_key, draw_key = jax.random.split(cut_key)
+    share = jax.random.uniform(share_key, (count, 1), maxval=cuts)
+    new = jax.random.bernoulli(draw_key, share, (count, most - 1)).astype(jnp.int32)
+    at = (
+        np.arange(num_frames) + cut_every - 1
+    ) // cut_every  # how many times a frame could have been cut before
+    shown = jnp.pad(jnp.cumsum(new, axis=1), ((0, 0), (1, 0)))[:, np.minimum(at, most - 1)]
+    by_frame = jax.tree.map(lambda x: jax.vmap(lambda x, i: x[i])(x, shown), batch)
+    video = jax.vmap(jax.vmap(lambda scene, t: world.render(scene, t[None], size)[0]))(by_frame, times)
     colors = jnp.asarray(list(world.BACKGROUNDS.values()), jnp.float32) / 127.5 - 1
-    return video, colors[batch.background]
+    return video, colors[by_frame.background]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "parallel", "num_frames", "size", "patch"))

@@ -1,14 +1,22 @@
-"""AdamW on fp32 parameters, gradient accumulation, moving averages: plain functions on nested dicts."""
+"""AdamW and Muon on fp32 parameters, gradient accumulation, moving averages: plain functions on nested dicts."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from optax import contrib
 
 from jax_causal.training.config import TrainConfig
+
+# Root mean square of an update of Muon over the learning rate: that of AdamW, so that both take the same rates
+# (arXiv:2502.16982, section 2.2).
+_MUON_SIZE = 0.2
+_MUON_MOMENTUM = 0.95
 
 
 class AdamW:
@@ -26,6 +34,11 @@ class AdamW:
     def init(self, params: dict) -> dict:
         return dict(self._adam.init(params)._asdict())
 
+    def directions(self, grads: dict, state: dict) -> tuple[dict, dict]:
+        """What the parameters move by for a learning rate of -1, without decay, and the new state."""
+        updates, new = self._adam.update(grads, optax.ScaleByAdamState(**state))
+        return updates, dict(new._asdict())
+
     def update(
         self, grads: dict, state: dict, params: dict, step: jax.Array
     ) -> tuple[dict, dict, dict[str, jax.Array]]:
@@ -34,15 +47,70 @@ class AdamW:
         rate = self.schedule(step)
         norm = optax.tree.norm(grads)
         updates, _ = self._clip.update(grads, optax.EmptyState())
-        updates, new = self._adam.update(updates, optax.ScaleByAdamState(**state))
+        updates, state = self.directions(updates, state)
         updates, _ = self._decay.update(updates, self._decay.init(params), params)
         params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
-        return params, dict(new._asdict()), {"grad_norm": norm, "learning_rate": rate}
+        return params, state, {"grad_norm": norm, "learning_rate": rate}
+
+
+class Muon(AdamW):
+    """`AdamW`, save that kernels move along their momentum made orthogonal (arXiv:2502.16982).
+
+    The kernel of a convolution counts as one matrix from all it sees to its output channels, stacked layers as a
+    matrix each. Embeddings, biases, scales and modulations stay with Adam.
+
+    Its state is {"kernels": {"mu"}, "others": {"mu", "nu"}, "count"}.
+    """
+
+    def __init__(self, config: TrainConfig):
+        super().__init__(config)
+        self._muon = contrib.scale_by_muon(beta=_MUON_MOMENTUM, weight_dimension_numbers=_kernel_axes)
+
+    def init(self, params: dict) -> dict:
+        kernels, others = _kernels_and_others(params)
+        mu = unflatten_dict(self._muon.init(kernels).mu)
+        return {"kernels": {"mu": mu}, "others": super().init(unflatten_dict(others)), "count": jnp.int32(0)}
+
+    def directions(self, grads: dict, state: dict) -> tuple[dict, dict]:
+        kernels, others = _kernels_and_others(grads)
+        mu = flatten_dict(state["kernels"]["mu"])
+        muon = self._muon.init({})._replace(count=state["count"], mu=mu)
+        kernels, muon = self._muon.update(kernels, muon)
+        kernels = {path: _MUON_SIZE * _longer_side(path, x) ** 0.5 * x for path, x in kernels.items()}
+        others, adam = super().directions(unflatten_dict(others), state["others"])
+        new = {"kernels": {"mu": unflatten_dict(muon.mu)}, "others": adam, "count": muon.count}
+        return unflatten_dict(kernels | flatten_dict(others)), new
+
+
+def _kernels_and_others(tree: dict) -> tuple[dict, dict]:
+    """Leaves named "kernel", and the rest, by path."""
+    flat = flatten_dict(tree)
+    kernels = {path: leaf for path, leaf in flat.items() if path[-1] == "kernel"}
+    return kernels, {path: leaf for path, leaf in flat.items() if path not in kernels}
+
+
+def _kernel_axes(kernels: dict) -> dict:
+    """Which axes of each kernel are the rows of its matrix, and which the columns; others are a batch of matrices."""
+
+    def axes(path, x):
+        return contrib.MuonDimensionNumbers(tuple(range(_stacked(path), x.ndim - 1)), x.ndim - 1)
+
+    return {path: axes(path, x) for path, x in kernels.items()}
+
+
+def _longer_side(path, kernel) -> int:
+    """Of the matrix that a kernel counts as."""
+    return max(math.prod(kernel.shape[_stacked(path) : -1]), kernel.shape[-1])
+
+
+def _stacked(path) -> bool:
+    """Whether the parameter at this path, a sequence of keys, is one of all layers along its first axis."""
+    return "blocks" in path and not any(isinstance(key, int) for key in path)
 
 
 def optimizer(config: TrainConfig) -> AdamW:
     """The optimizer of a configuration."""
-    return AdamW(config)
+    return {"adamw": AdamW, "muon": Muon}[config.optimizer](config)
 
 
 def schedule(config: TrainConfig) -> Callable[[jax.Array], jax.Array]:
@@ -62,9 +130,7 @@ def is_matrix(params: dict) -> dict:
     """True for the leaves that weight decay applies to. Stacked layers have one axis more, which does not count."""
 
     def leaf(path, x):
-        names = [getattr(entry, "key", None) for entry in path]
-        stacked = "blocks" in names and not any(isinstance(name, int) for name in names)
-        return x.ndim - stacked >= 2
+        return x.ndim - _stacked([getattr(entry, "key", None) for entry in path]) >= 2
 
     return jax.tree_util.tree_map_with_path(leaf, params)
 

@@ -1,7 +1,8 @@
 """Stage one: the VAE, on clips of the procedural world.
 
 Clips are as long as the model's: in them the layers that look back in time have seen all that they can see. Trained on
-17 frames, a decoder loses the colors of the background soon after.
+17 frames, a decoder loses the colors of the background soon after. The scene changes now and then within a clip, so
+that a batch of few clips shows many colors and shapes.
 
 Loss: mean absolute error of the reconstruction, most of it near objects, plus a little of the Kullback-Leibler
 divergence of the posterior from a unit Gaussian, which keeps latents small and close latents alike (arXiv:1312.6114).
@@ -34,11 +35,13 @@ class Options:
     Attributes:
       num_frames: video frames of a clip, 1 + 4 k; None is the model's.
       kl_weight: of the divergence, per latent value.
+      cuts: share of latent frames, at most, before which another scene begins; see `data.clips`.
       statistics_clips: clips that the latents' mean and standard deviation are taken over, once trained.
     """
 
     num_frames: int | None = None
     kl_weight: float = 1e-4
+    cuts: float = 0.5
     statistics_clips: int = 256
 
 
@@ -72,7 +75,14 @@ class VAEStage:
     def loss(self, params, key, batch: int):
         """Scalar loss and metrics of `batch` fresh clips; computes in the configured dtype, reduces in fp32."""
         clip_key, noise_key = jax.random.split(key)
-        video, background = data.clips(clip_key, batch, self.num_frames, self.model.height)
+        video, background = data.clips(
+            clip_key,
+            batch,
+            self.num_frames,
+            self.model.height,
+            cuts=self.options.cuts,
+            cut_every=self.vae.temporal_factor,
+        )
         video = self.parallel.constrain(video, ("batch",))
         vae = modules.bind(VAE, self.vae, optim.cast(params, self.config.dtype))
         mean, log_variance, _ = vae.posterior(video, None, first=True)
@@ -127,10 +137,10 @@ def balanced_error(shown, video, background):
 
     Objects cover a few hundredths of a frame: in a plain mean a model does well that paints the background alone.
     "Near" reaches `_REACH` pixels beyond an object, because what tells a cross from a diamond is the background
-    between its arms. `background` is the color [B, 3] of each clip's.
+    between its arms. `background` is the color [B, T, 3] of each frame's.
     """
     error = jnp.abs(shown - video).mean(-1)
-    objects = jnp.any(jnp.abs(video - background[:, None, None, None]) > 0.01, axis=-1)
+    objects = jnp.any(jnp.abs(video - background[:, :, None, None]) > 0.01, axis=-1)
     window = (1, 1, 2 * _REACH + 1, 2 * _REACH + 1)
     near = jax.lax.reduce_window(objects.astype(jnp.float32), 0.0, jax.lax.max, window, (1, 1, 1, 1), "SAME")
     parts = [(error * mask).sum() / jnp.maximum(mask.sum(), 1) for mask in (near, 1 - near)]

@@ -1,4 +1,8 @@
-"""The optimizer against Adam written out in float64, schedules in closed form, accumulation against one batch."""
+"""Optimizers against Adam and the polar decomposition in float64, schedules in closed form, accumulation against one
+batch."""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +74,63 @@ def test_adamw_as_written_out(clip):
     np.testing.assert_allclose(norms, expected_norms, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), found, expected)
     assert state["count"] == 4
+
+
+def test_muon_as_written_out():
+    """Kernels move along the orthogonal factor of their momentum, all else as under Adam."""
+    config = toy_stage.config(
+        learning_rate=0.1,
+        warmup_steps=0,
+        weight_decay=0.3,
+        betas=[0.8, 0.95],
+        grad_clip=0.0,
+        optimizer="muon",
+    )
+    rng = np.random.default_rng(0)
+    shapes = {
+        "conv": {"kernel": (3, 3, 4, 6), "bias": (6,)},
+        "blocks": {"kernel": (2, 8, 5), "embedding": (2, 4, 3)},
+        "list": {0: {"kernel": (4, 9)}},
+    }
+    draw = lambda: jax.tree.map(  # noqa: E731
+        lambda s: rng.normal(size=s).astype(np.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    params, grads = draw(), [draw() for _ in range(3)]
+    optimizer = optim.optimizer(config)
+    adam = optim.optimizer(dataclasses.replace(config, optimizer="adamw"))
+    found, state = params, optimizer.init(params)
+    plain, adam_state = params, adam.init(params)
+    for step, grad in enumerate(grads):
+        before = found
+        found, state, _ = optimizer.update(grad, state, found, jnp.int32(step))
+        plain, adam_state, _ = adam.update(grad, adam_state, plain, jnp.int32(step))
+
+    def momentum(*gradients):
+        m = 0
+        for g in gradients:
+            m = 0.95 * m + 0.05 * g
+        # Nesterov's, each part freed of its bias: a step ahead, so one count more.
+        return 0.95 * m / (1 - 0.95**4) + 0.05 * gradients[-1] / (1 - 0.95**3)
+
+    def check(name, rows, layers):
+        leaf = lambda tree: functools.reduce(lambda t, key: t[key], name, tree)  # noqa: E731
+        m = momentum(*[np.float64(leaf(g)) for g in grads]).reshape(layers, rows, -1)
+        old, new = (np.float64(leaf(tree)).reshape(m.shape) for tree in (before, found))
+        move = -(new - old) / 0.1 - 0.3 * old
+        u, _, v = np.linalg.svd(m, full_matrices=False)
+        expected = 0.2 * np.sqrt(max(m.shape[1:])) * u @ v
+        assert np.linalg.norm(move - expected) < 0.35 * np.linalg.norm(
+            expected
+        )  # five steps of Newton and Schulz
+        assert np.vdot(move, expected) > 0.95 * np.linalg.norm(move) * np.linalg.norm(expected)
+
+    check(("conv", "kernel"), rows=36, layers=1)
+    check(("blocks", "kernel"), rows=8, layers=2)
+    check(("list", 0, "kernel"), rows=4, layers=1)
+    np.testing.assert_array_equal(found["conv"]["bias"], plain["conv"]["bias"])
+    np.testing.assert_array_equal(found["blocks"]["embedding"], plain["blocks"]["embedding"])
+    assert state["count"] == state["others"]["count"] == 3
+    assert jax.tree.structure(state) == jax.tree.structure(optimizer.init(params))
 
 
 def _loss(params, keys):
