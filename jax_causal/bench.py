@@ -4,12 +4,11 @@ rows = bench.run(Pipeline.random("wan-1.3b"))
 rows[0].median, rows[0].floor
 
 All times are of the host's clock, warm, between points where the device has nothing left to do. Inputs are random and
-never zero. What is inside a row is said by `BOUNDARIES`; where floors come from, by `bench_ceilings`.
+never zero. What is inside a row is said by `bench_rows`; where floors come from, by `bench_ceilings`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -20,77 +19,10 @@ import numpy as np
 
 from jax_causal import bench_ceilings, bench_profile, rollout, transformer
 from jax_causal.bench_ceilings import Ceilings, Operations
+from jax_causal.bench_rows import BOUNDARIES, PROFILE, Row, check_rows
 from jax_causal.pipeline import Pipeline, decode_chunk, encode_text
 from jax_causal.request import Request, prepare
 from jax_causal.timings import CompileClock
-
-PROFILE = {
-    "products": "kernels of matrix products",
-    "attention": "attention kernels",
-    "convolutions": "convolution kernels",
-    "elementwise": "all other kernels: norms, modulation, rotation, activations, sums",
-    "collectives": "collectives, in full where they overlap computation",
-    "copies": "copies, in full where they overlap computation",
-    "gaps": "time with nothing on the first device",
-}
-
-# Every row, in the order of the report, and what lies inside it.
-BOUNDARIES = {
-    "end_to_end": "prompt embedding to RGB of all frames on the host: text keys and values, noise, denoising, all "
-    "context passes but the last, decode, transfer; no text encoding",
-    "first_frame": "the same run until its first RGB frame is on the host",
-    "rollout": "denoising and all context passes; noise and text keys and values made before, no decode",
-    "rollout_without_last_context": "rollout without the context pass of the last block, which no frame needs",
-    "rollout_throughput": "operations of the rollout by its time; the floor is the product ceiling",
-    "decode": "VAE decode of all frames to uint8 on the device, in the chunks of a run; no transfer",
-    "steady_block": "one block of a long video, its window full: noise, denoising, context pass, decode; no transfer",
-    "text": "text encoder over all its positions; no tokenizer",
-    "warmup": "the first end-to-end run: compiling, and the run itself",
-    "compile": "tracing and compiling in the warm-up, or fetching programs that were compiled before",
-    "start_cold": "a process, from its start to its first RGB frame on the host, from prompt embeddings; nothing was "
-    "compiled before; loading the weights taken off",
-    "start_warm": "the same with all programs compiled before",
-    "start_loading": "what was taken off the warm start: reading the weights, or making random ones",
-    "peak_memory": "the first device's peak in such a process after the whole video: loading, denoising, decoding; no "
-    "text encoder",
-    "peak_memory_all": "the first device's peak in the measuring process, which holds the text encoder as well",
-    **{f"profile_{part}": f"{what} in one profiled end-to-end run" for part, what in PROFILE.items()},
-    "product_ceiling": "one large matrix product on one device",
-    "attention_ceiling": "one large attention with the model's heads on one device, by the back end in use",
-    "copy_ceiling": "one large copy inside one device, bytes read plus written; no floor uses it",
-}
-FLOORS = (
-    "floor = (products / product_ceiling + attention / attention_ceiling) / devices, products and attention counted "
-    "in operations; norms, activations, transfers and collectives are left out"
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One measured quantity.
-
-    Attributes:
-      name: a key of `BOUNDARIES`.
-      median, min, max: over the repeats, in `unit`.
-      unit: "s", "TFLOP/s", "TB/s" or "GiB".
-      floor: the best to be hoped for, in `unit`: the shortest time, or the highest speed. None where there is none.
-    """
-
-    name: str
-    median: float
-    min: float
-    max: float
-    unit: str
-    floor: float | None = None
-
-    @property
-    def ratio(self) -> float | None:
-        """Median by floor: times lie above 1 and speeds below. None without a floor."""
-        return self.median / self.floor if self.floor else None
-
-    def to_json(self) -> dict[str, str | float | None]:
-        """The fields by name."""
-        return dataclasses.asdict(self)
 
 
 def run(
@@ -153,17 +85,6 @@ def run(
             progress(", ".join(names))
             add(measure(ceilings))
     return sorted(rows, key=lambda row: list(BOUNDARIES).index(row.name))
-
-
-def check_rows(names: Collection[str] | None) -> set[str]:
-    """The set of `names`, all rows for None. Raises ValueError, naming the known ones, for an unknown one."""
-    if names is None:
-        return set(BOUNDARIES)
-    if unknown := [name for name in names if name not in BOUNDARIES]:
-        raise ValueError(f"there is no row {unknown[0]!r}: the rows are {', '.join(BOUNDARIES)}")
-    if not names:
-        raise ValueError(f"no rows are asked for: the rows are {', '.join(BOUNDARIES)}")
-    return set(names)
 
 
 class _Bench:

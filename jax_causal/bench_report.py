@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jax_causal import bench, bench_start
-from jax_causal.bench import BOUNDARIES, FLOORS, Row
+from jax_causal.bench_rows import BOUNDARIES, FLOORS, Row, check_rows
 from jax_causal.console import note, report
 from jax_causal.generate import Job
 from jax_causal.outputs import json_writer
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace, parallel: Parallel) -> None:
 
     Raises ValueError or OSError for bad input, before the work begins.
     """
-    wanted = bench.check_rows(args.only)
+    wanted = check_rows(args.only)
     job = Job.create(args, parallel, "any prompt")
     if args.since is not None:
         return bench_start.report(job, args.since)

@@ -17,7 +17,7 @@ import time
 import jax
 import numpy as np
 
-from jax_causal.bench import Row
+from jax_causal.bench_rows import Row
 from jax_causal.generate import Job
 from jax_causal.pipeline import Pipeline
 

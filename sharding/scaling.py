@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_causal import bench, rollout
-from jax_causal.bench import Row
+from jax_causal.bench_rows import Row
 from jax_causal.config import ModelConfig
 from jax_causal.parallel import Parallel, SingleDevice
 from jax_causal.pipeline import Pipeline

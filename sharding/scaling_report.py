@@ -8,7 +8,7 @@ import os
 from rich.table import Table
 from rich.text import Text
 
-from jax_causal.bench import BOUNDARIES
+from jax_causal.bench_rows import BOUNDARIES
 from jax_causal.console import note, report
 from jax_causal.generate import Job
 from jax_causal.outputs import json_writer

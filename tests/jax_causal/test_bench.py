@@ -18,6 +18,7 @@ from jax_causal import (
     bench_ceilings,
     bench_profile,
     bench_report,
+    bench_rows,
     bench_start,
     cli,
     environment,
@@ -66,7 +67,7 @@ def command(*argv) -> int:
 def test_every_row_that_a_cpu_can_give(rows):
     names = [row.name for row in rows]
     left = {"peak_memory", "peak_memory_all", "start_cold", "start_warm", "start_loading"}
-    assert names == [name for name in bench.BOUNDARIES if name not in left]
+    assert names == [name for name in bench_rows.BOUNDARIES if name not in left]
     for row in rows:
         assert 0 <= row.min <= row.median <= row.max, row
         assert (row.floor is not None) == (row.name in WITH_FLOOR), row
@@ -108,7 +109,7 @@ def test_refuses(pipe, options, message):
 
 def test_profile_adds_up(rows):
     by_name = {row.name: row.median for row in rows}
-    parts = {part: by_name[f"profile_{part}"] for part in bench.PROFILE}
+    parts = {part: by_name[f"profile_{part}"] for part in bench_rows.PROFILE}
     assert parts["products"] > 0
     assert parts["elementwise"] > 0
     assert parts["collectives"] == 0
@@ -164,7 +165,7 @@ def test_json_then_compare(pipe, tmp_path, capsys, monkeypatch):
         "random weights",
         "float32",
         "XLA_FLAGS",
-        bench.BOUNDARIES["decode"],
+        bench_rows.BOUNDARIES["decode"],
         "peak_memory_all",
     ]
     unwrapped = " ".join(table.split())
@@ -205,8 +206,8 @@ def test_a_fresh_process_that_fails_says_why(monkeypatch):
 
 
 def test_comparison_knows_units():
-    row = bench.Row("decode", 3.0, 2.0, 4.0, "s")
-    earlier = [bench.Row("decode", 2.0, 2.0, 2.0, "s"), bench.Row("text", 1.0, 1.0, 1.0, "s")]
+    row = bench_rows.Row("decode", 3.0, 2.0, 4.0, "s")
+    earlier = [bench_rows.Row("decode", 2.0, 2.0, 2.0, "s"), bench_rows.Row("text", 1.0, 1.0, 1.0, "s")]
     assert bench_report.compare([row], {"rows": [r.to_json() for r in earlier]}) == {"decode": 1.5}
     other = dataclasses.replace(earlier[0], unit="GiB").to_json()
     assert bench_report.compare([row], {"rows": [other]}) == {}
@@ -225,7 +226,7 @@ def test_comparison_knows_units():
 )
 def test_refuses_to_compare(content, message, tmp_path, capsys):
     like = {"model": "small", "frames": 13, "height": 16, "width": 24, "window": None, "sink": 0}
-    like["rows"] = [bench.Row("decode", 1.0, 1.0, 1.0, "s").to_json()]
+    like["rows"] = [bench_rows.Row("decode", 1.0, 1.0, 1.0, "s").to_json()]
     file = tmp_path / "before.json"
     file.write_text(content if isinstance(content, str) else json.dumps(like | content))
     assert command("--preset", "small", "--compare", file) == 2

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from jax_causal import bench, cli, environment, rollout
-from jax_causal.bench import Row
+from jax_causal.bench_rows import Row
 from jax_causal.config import PRESETS, SamplerConfig, TransformerConfig, VAEConfig
 from jax_causal.rollout import RolloutSpec
 from sharding.compiled import abstract_block, device_bytes
