@@ -3,8 +3,9 @@
 rows = bench.run(Pipeline.random("wan-1.3b"))
 rows[0].median, rows[0].floor
 
-All times are of the host's clock, warm, between points where the device has nothing left to do. Inputs are random and
-never zero. What is inside a row is said by `bench_rows`; where floors come from, by `bench_ceilings`.
+All times are of the host's clock, warm, between points where the device has nothing left to do; only those of a
+profile are of the device's own. Inputs are random and never zero. What is inside a row is said by `bench_rows`; where
+floors come from, by `bench_ceilings`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 
 from jax_causal import bench_ceilings, bench_profile, rollout, transformer
 from jax_causal.bench_ceilings import Ceilings, Operations
-from jax_causal.bench_rows import BOUNDARIES, PROFILE, Row, check_rows
+from jax_causal.bench_rows import BOUNDARIES, COMMUNICATION, PROFILE, Row, check_rows
 from jax_causal.pipeline import Pipeline, decode_chunk, encode_text
 from jax_causal.request import Request, prepare
 from jax_causal.timings import CompileClock
@@ -69,6 +70,7 @@ def run(
         (bench.steady_block, ("steady_block",)),
         (bench.text, ("text",)),
         (bench.profile, tuple(f"profile_{part}" for part in PROFILE)),
+        (bench.communication, COMMUNICATION),
     ]
     rows = []
 
@@ -149,26 +151,7 @@ class _Bench:
         ]
 
     def rollout(self, ceilings: Ceilings) -> list[Row]:
-        spec, plan = self.spec, list(rollout.block_sizes(self.frames, self.spec.sampler))
-        text = rollout.embed_text(spec, self.params, self.embeds)
-        noises = [self._noise(spec, start, size) for start, size in plan]
-
-        def roll():
-            cache = self._cache(spec)
-            jax.block_until_ready((cache, text, noises))
-            begin = time.perf_counter()
-            for (start, size), noise in zip(plan, noises, strict=True):
-                x0, cache = rollout.denoise_block(
-                    spec, self.params, cache, text, *noise, spec.place(start, size)
-                )
-                if start + size == self.frames:
-                    jax.block_until_ready(x0)
-                    without = time.perf_counter() - begin
-                cache = self._context(spec, cache, text, x0, start, size)
-            jax.block_until_ready(cache)
-            return time.perf_counter() - begin, without
-
-        roll()
+        spec, roll = self.spec, self._roller()
         full, without = zip(*(roll() for _ in range(self.repeats)), strict=True)
         counted = [
             bench_ceilings.rollout_operations(spec, self.frames, last_context=last) for last in (True, False)
@@ -253,6 +236,15 @@ class _Bench:
         parts, _ = bench_profile.breakdown(self._generate)
         return [_row(f"profile_{part}", [seconds]) for part, seconds in parts.items()]
 
+    def communication(self, ceilings: Ceilings) -> list[Row]:
+        found = bench_profile.communication(self._roller()) if self.devices > 1 else []
+        if not found:
+            return []
+        blocks = len(list(rollout.block_sizes(self.frames, self.spec.sampler)))
+        passes = blocks * (len(self.spec.sampler.steps) + 1)
+        by_device = [[seconds / passes for seconds in values] for values in zip(*found, strict=True)]
+        return [_row(name, values) for name, values in zip(COMMUNICATION, by_device, strict=True)]
+
     # Steps of a run.
 
     def _generate(self) -> tuple[float, float]:
@@ -270,6 +262,30 @@ class _Bench:
         for _ in chunks:
             pass
         return time.perf_counter() - begin, first
+
+    def _roller(self) -> Callable[[], tuple[float, float]]:
+        """A function, warm, that rolls out once: seconds, and seconds without the last context pass."""
+        spec, plan = self.spec, list(rollout.block_sizes(self.frames, self.spec.sampler))
+        text = rollout.embed_text(spec, self.params, self.embeds)
+        noises = [self._noise(spec, start, size) for start, size in plan]
+
+        def roll():
+            cache = self._cache(spec)
+            jax.block_until_ready((cache, text, noises))
+            begin = time.perf_counter()
+            for (start, size), noise in zip(plan, noises, strict=True):
+                x0, cache = rollout.denoise_block(
+                    spec, self.params, cache, text, *noise, spec.place(start, size)
+                )
+                if start + size == self.frames:
+                    jax.block_until_ready(x0)
+                    without = time.perf_counter() - begin
+                cache = self._context(spec, cache, text, x0, start, size)
+            jax.block_until_ready(cache)
+            return time.perf_counter() - begin, without
+
+        roll()
+        return roll
 
     def _cache(self, spec):
         return rollout.init_cache(spec, 1, self.dtype, stacked=not transformer.is_unrolled(self.params))

@@ -14,6 +14,8 @@ PROFILE = {
     "copies": "copies, in full where they overlap computation",
     "gaps": "time with nothing on the first device",
 }
+# Of several GPUs.
+COMMUNICATION = ("pass_collectives", "pass_collectives_exposed")
 
 # Every row, in the order of the report, and what lies inside it.
 BOUNDARIES = {
@@ -36,6 +38,10 @@ BOUNDARIES = {
     "text encoder",
     "peak_memory_all": "the first device's peak in the measuring process, which holds the text encoder as well",
     **{f"profile_{part}": f"{what} in one profiled end-to-end run" for part, what in PROFILE.items()},
+    "pass_collectives": "collectives in a pass of the network, waiting for other devices included: the time in which "
+    "one runs, in a profiled rollout, by its passes; median, min and max over the GPUs of this process",
+    "pass_collectives_exposed": "that part of it in which nothing computes on the same device; copies do not count as "
+    "computing",
     "product_ceiling": "one large matrix product on one device",
     "attention_ceiling": "one large attention with the model's heads on one device, by the back end in use",
     "copy_ceiling": "one large copy inside one device, bytes read plus written; no floor uses it",
@@ -52,7 +58,7 @@ class Row:
 
     Attributes:
       name: a key of `BOUNDARIES`.
-      median, min, max: over the repeats, in `unit`.
+      median, min, max: over the repeats, or what `BOUNDARIES` says, in `unit`.
       unit: "s", "TFLOP/s", "TB/s" or "GiB".
       floor: the best to be hoped for, in `unit`: the shortest time, or the highest speed. None where there is none.
     """

@@ -1,6 +1,7 @@
 """`jax-causal bench --scaling`: one device and several in one run with the same kernels, and a projection to more.
 
-Measured are the rows of `bench` for one device and for every strategy that the devices and heads allow. The
+Measured are the rows of `bench` for one device and for every strategy that the devices and heads allow, and from a
+profile, on GPUs, how much of its collectives each hides behind computation. The
 projection takes the time of one device's share of the rollout, run alone (`sharding.share`), and adds the strategy's
 collectives by latency and bandwidth. It is made for the devices that are there too, beside the measurement, and
 calibrated on it: of the sending, the part that shows there is counted.
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_causal import bench, rollout
-from jax_causal.bench_rows import Row
+from jax_causal.bench_rows import COMMUNICATION, Row
 from jax_causal.config import ModelConfig
 from jax_causal.parallel import Parallel, SingleDevice
 from jax_causal.pipeline import Pipeline
@@ -49,10 +50,15 @@ class Way:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Rows of one way of running, by name; `way` is None for one device."""
+    """Rows of one way of running, by name: `ROWS`, and `COMMUNICATION` where a profile shows it; `way` is None for one
+    device."""
 
     way: Way | None
     rows: dict[str, Row]
+
+    @property
+    def label(self) -> str:
+        return "single" if self.way is None else self.way.label
 
     @property
     def devices(self) -> int:
@@ -147,7 +153,8 @@ class Scaling:
         """A way of running on the devices."""
         self.progress(f"{way.label} on {len(devices)} devices")
         options = {"overlap": way.overlap, "parts": way.parts}
-        return Measured(way, self._rows(SequenceParallel(devices, way.strategy.name, **options), ROWS))
+        parallel = SequenceParallel(devices, way.strategy.name, **options)
+        return Measured(way, self._rows(parallel, (*ROWS, *COMMUNICATION)))
 
     def link(self, devices: Sequence[jax.Device]) -> tuple[Link, str]:
         """Of the devices, measured; of one alone, the cost model's. With the word for which it is."""

@@ -8,7 +8,7 @@ import os
 from rich.table import Table
 from rich.text import Text
 
-from jax_causal.bench_rows import BOUNDARIES
+from jax_causal.bench_rows import BOUNDARIES, COMMUNICATION
 from jax_causal.console import note, report
 from jax_causal.generate import Job
 from jax_causal.outputs import json_writer
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         "weights": "random",
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "rows": _rows(measured),
-        "boundaries": {name: BOUNDARIES[name] for name in ROWS},
+        "boundaries": {name: BOUNDARIES[name] for name in (*ROWS, *_profiled(measured))},
         "link": source,
         "link_latency_s": link.latency,
         "link_bandwidth_bytes_per_s": link.bandwidth,
@@ -74,15 +74,20 @@ def _kind(way: Way) -> tuple:
 
 
 def _rows(measured: list[Measured]) -> list[dict]:
-    """Every row with the way it was run, and how much faster than one device it is."""
+    """Every row with the way it was run, and how much faster than one device it is, where that was measured too."""
     single = measured[0].rows
     return [
-        {"strategy": one.way.label if one.way else "single", "devices": one.devices}
-        | one.rows[name].to_json()
-        | {"speedup": single[name].median / one.rows[name].median}
+        {"strategy": one.label, "devices": one.devices}
+        | row.to_json()
+        | {"speedup": single[name].median / row.median if name in single else None}
         for one in measured
-        for name in ROWS
+        for name, row in one.rows.items()
     ]
+
+
+def _profiled(measured: list[Measured]) -> list[str]:
+    """Those of `COMMUNICATION` that the profiles showed."""
+    return [name for name in COMMUNICATION if any(name in one.rows for one in measured)]
 
 
 def _projected(projections: list[Projection], single: Measured) -> list[dict]:
@@ -116,8 +121,11 @@ def _sections(record: dict, measured: list[Measured], projections: list[Projecti
     )
     reach = f"{link.latency * 1e6:.0f} us and {link.bandwidth / 1e9:.3g} GB/s"
     origin = "measured on these devices" if record["link"] == "measured" else "assumed: there is one device"
-    sections = [title, Text(setting, "dim"), "", _measured_table(measured, record["rows"]), ""]
+    sections = [title, Text(setting, "dim"), "", _measured_table(measured), ""]
     sections += [Text(f"{name}: {BOUNDARIES[name]}", "dim") for name in ROWS]
+    if profiled := _profiled(measured):
+        sections += ["", _communication_table(measured), ""]
+        sections += [Text(f"{name}: {BOUNDARIES[name]}", "dim") for name in profiled]
     sections += [
         "",
         Text.assemble(("Projection", "bold"), f" of the rollout, not a measurement; link {reach}, {origin}"),
@@ -126,12 +134,21 @@ def _sections(record: dict, measured: list[Measured], projections: list[Projecti
     return sections + [Text(f"{name}: {text}", "dim") for name, text in HOW.items()]
 
 
-def _measured_table(measured: list[Measured], rows: list[dict]) -> Table:
+def _measured_table(measured: list[Measured]) -> Table:
     table = _table("measured", "devices", *(cell for name in ROWS for cell in (name, "")))
-    for index, one in enumerate(measured):
-        mine = rows[index * len(ROWS) : (index + 1) * len(ROWS)]
-        cells = [cell for row in mine for cell in (_seconds(row["median"]), f"{row['speedup']:.2f} x")]
-        table.add_row(mine[0]["strategy"], str(one.devices), *cells)
+    single = measured[0].rows
+    for one in measured:
+        medians = [(one.rows[name].median, single[name].median) for name in ROWS]
+        cells = [cell for own, alone in medians for cell in (_seconds(own), f"{alone / own:.2f} x")]
+        table.add_row(one.label, str(one.devices), *cells)
+    return table
+
+
+def _communication_table(measured: list[Measured]) -> Table:
+    table = _table("by the profiler", "devices", *COMMUNICATION)
+    for one in measured:
+        if cells := [f"{one.rows[name].median * 1e3:.3f} ms" for name in COMMUNICATION if name in one.rows]:
+            table.add_row(one.label, str(one.devices), *cells)
     return table
 
 

@@ -16,7 +16,6 @@ from jax_causal import (
     arguments,
     bench,
     bench_ceilings,
-    bench_profile,
     bench_report,
     bench_rows,
     bench_start,
@@ -25,6 +24,7 @@ from jax_causal import (
     modules,
     rollout,
 )
+from jax_causal.bench_rows import COMMUNICATION
 from jax_causal.config import PRESETS, SamplerConfig, TransformerConfig, VAEConfig
 from jax_causal.generate import Job
 from jax_causal.vae import VAE
@@ -66,7 +66,7 @@ def command(*argv) -> int:
 
 def test_every_row_that_a_cpu_can_give(rows):
     names = [row.name for row in rows]
-    left = {"peak_memory", "peak_memory_all", "start_cold", "start_warm", "start_loading"}
+    left = {"peak_memory", "peak_memory_all", "start_cold", "start_warm", "start_loading", *COMMUNICATION}
     assert names == [name for name in bench_rows.BOUNDARIES if name not in left]
     for row in rows:
         assert 0 <= row.min <= row.median <= row.max, row
@@ -114,32 +114,6 @@ def test_profile_adds_up(rows):
     assert parts["elementwise"] > 0
     assert parts["collectives"] == 0
     assert parts["gaps"] < by_name["end_to_end"] * 3  # profiling slows a CPU down
-
-
-def test_kernels_are_told_apart_by_name():
-    # Names as an H200 gives them.
-    names = {
-        "nvjet_tst_128x256_64x4_1x2_h_bz_coopA_bias_TNN": "products",
-        "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16>": "products",
-        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7": "attention",
-        "flash_attention_hopper": "attention",
-        "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc": "convolutions",
-        "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "collectives",
-        "MemcpyD2D": "copies",
-        "loop_add_convert_fusion_3": "elementwise",
-        "input_reduce_fusion": "elementwise",
-        "loop_convert_fusion": "elementwise",
-    }
-    assert {name: bench_profile.component(name) for name in names} == names
-
-
-def test_gaps_lie_between_kernels_that_may_overlap():
-    kernels = [("gemm", 5.0, 2.0), ("MemcpyD2H", 1.0, 3.0), ("fusion", 0.0, 2.0), ("gemm", 8.0, 1.0)]
-    parts, names = bench_profile.add_up(kernels)
-    busy = {name: seconds for name, seconds in parts.items() if seconds}
-    assert busy == {"products": 3.0, "copies": 3.0, "elementwise": 2.0, "gaps": 2.0}
-    assert names == {"gemm": 3.0, "MemcpyD2H": 3.0, "fusion": 2.0}
-    assert bench_profile.add_up([]) == ({}, {})
 
 
 # The command.

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_causal import bench, cli, environment, rollout
-from jax_causal.bench_rows import Row
+from jax_causal import bench, bench_profile, cli, environment, rollout
+from jax_causal.bench_rows import COMMUNICATION, Row
 from jax_causal.config import PRESETS, SamplerConfig, TransformerConfig, VAEConfig
 from jax_causal.rollout import RolloutSpec
 from sharding.compiled import abstract_block, device_bytes
@@ -126,7 +126,9 @@ def command(*argv) -> int:
     return cli.main(["bench", "--preset", "small", "--repeats", "1", *map(str, argv)])
 
 
-def test_command(tmp_path, capsys):
+def test_command(tmp_path, capsys, monkeypatch):
+    # Of two devices: collectives in a rollout, and what of them is exposed. A CPU's profile does not show them.
+    monkeypatch.setattr(bench_profile, "communication", lambda run: [(0.6, 0.06), (1.2, 0.18)])
     path = tmp_path / "scaling.json"
     assert command("--scaling", "--devices", 2, "--strategy", "ring", "--project", 4, "--json", path) == 0
     text = " ".join(capsys.readouterr().out.split())
@@ -134,6 +136,13 @@ def test_command(tmp_path, capsys):
     assert "measured on these devices" in text
     record = json.loads(path.read_text())
     rows = {(row["strategy"], row["devices"], row["name"]): row for row in record["rows"]}
+    assert len(rows) == len(record["rows"])
+    # 2 blocks of 3 passes; one device has nothing to send.
+    total, shown = (rows.pop(("ring", 2, name)) for name in COMMUNICATION)
+    assert [total[x] for x in ("median", "min", "max")] == pytest.approx([0.15, 0.1, 0.2])
+    assert [shown[x] for x in ("median", "min", "max")] == pytest.approx([0.02, 0.01, 0.03])
+    assert (total["unit"], total["speedup"]) == ("s", None)
+    assert "ring 2 150.000 ms 20.000 ms" in text
     assert set(rows) == {
         (*way, name)
         for way in (("single", 1), ("ring", 2))
@@ -143,7 +152,8 @@ def test_command(tmp_path, capsys):
         row = rows[way, devices, name]
         assert row["speedup"] == pytest.approx(rows["single", 1, name]["median"] / row["median"])
         assert f"{row['speedup']:.2f} x" in text
-    assert {"link_latency_s", "link_bandwidth_bytes_per_s", "how", "boundaries"} <= set(record)
+    assert {"link_latency_s", "link_bandwidth_bytes_per_s", "how"} <= set(record)
+    assert set(record["boundaries"]) == {"rollout", "end_to_end", "first_frame", *COMMUNICATION}
     two, four = record["projection"]
     assert [p["devices"] for p in (two, four)] == [2, 4]
     assert two["measured_s"] == rows["ring", 2, "rollout"]["median"]
@@ -156,6 +166,7 @@ def test_one_device_projects_from_the_assumed_link(capsys):
     assert command("--scaling", "--devices", 1, "--strategy", "hybrid", "--project", 8, "--json", "-") == 0
     record = json.loads(capsys.readouterr().out)
     assert (record["link"], record["link_latency_s"]) == ("assumed", 1e-4)
+    assert set(record["boundaries"]) == {"rollout", "end_to_end", "first_frame"}
     (hybrid,) = record["projection"]
     assert hybrid["calibrated_s"] is None
     assert hybrid["together_s"] == pytest.approx(hybrid["share_s"] + hybrid["sending_s"])
