@@ -42,13 +42,15 @@ class Prompt:
     scene: world.Scene
 
     def seed(self, number: int) -> int:
-        """Of the noise of its clip `number`; other prompts have others."""
+        """Of the noise of its clip `number`; other prompts of the set have others."""
         return self.index + 2**16 * number
 
 
 def prompts(split: str, count: int, objects: int | None) -> list[Prompt]:
     """The first `count` prompts of a fixed, endless sequence; arguments as in `world.sample`. Captions are complete:
-    a clip that is right in every attribute is one that was asked for."""
+    a clip that is right in every attribute is one that was asked for. Raises ValueError for fewer than one."""
+    if count < 1:
+        raise ValueError(f"count={count} must be 1 or more")
     parts = [_scenes(split, objects, start) for start in range(0, count, _DRAWN)]
     scenes = jax.tree.map(lambda *leaves: np.concatenate(leaves), *map(jax.device_get, parts))
     found = []
@@ -152,8 +154,10 @@ def evaluate(
       progress: called with clips made, and clips in all.
 
     Raises:
-      ValueError: no prompts are left to ask for.
+      ValueError: no prompts are left to ask for, or fewer than one seed or batch.
     """
+    if seeds < 1 or batch < 1:
+        raise ValueError(f"seeds={seeds} and batch={batch} must be 1 or more")
     if variant.windows > 1:
         asked = [p for p in asked if p.attributes.motion in world.SUSTAINED]
     if not asked:

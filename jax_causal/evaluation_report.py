@@ -179,7 +179,8 @@ def _difference_table(rows: Sequence[dict]) -> Table:
         cells.setdefault(f"{row['variant']} - {row['to']}", []).append(row)
     for title, group in cells.items():
         points = [
-            f"{100 * r['value']:+.1f} {100 * r['low']:+.0f}{100 * r['high']:+.0f}" for r in _ordered(group)
+            f"{100 * r['value']:+.1f} {100 * r['low']:+.0f} to {100 * r['high']:+.0f}"
+            for r in _ordered(group)
         ]
         table.add_row(title, *points)
     return table

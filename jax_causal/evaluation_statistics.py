@@ -30,12 +30,13 @@ def wilson(successes: float, count: float) -> tuple[float, float]:
 
 
 def effective_count(outcomes: np.ndarray) -> float:
-    """Independent outcomes that would vary as much as `outcomes` [prompts, seeds]: between prompts and clips."""
+    """Independent outcomes that would vary as much as `outcomes` [prompts, seeds]: between prompts and clips, and no
+    more than prompts where how these vary cannot be told."""
     prompts, clips = len(outcomes), outcomes.size
     share, means = outcomes.mean(), outcomes.mean(axis=1)
-    if prompts == clips or not 0 < share < 1:
+    if prompts in (1, clips) or not 0 < share < 1:
         return float(prompts)
-    variance = np.square(means - share).sum() / (prompts * max(prompts - 1, 1))
+    variance = np.square(means - share).sum() / (prompts * (prompts - 1))
     return float(np.clip(share * (1 - share) / max(variance, 1e-12), prompts, clips))
 
 

@@ -89,6 +89,7 @@ def test_a_right_model(model, pipes, capsys):
     assert "held-out" in out
     assert "100.0 61-100" in out
     assert "truth - model" in out
+    assert "+0.0 -24 to +24" in out  # 1.96 / 8, of two disagreements of opposite sides more in 8
 
 
 def test_a_model_that_does_not_listen(model, pipes):

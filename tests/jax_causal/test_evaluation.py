@@ -138,6 +138,24 @@ def test_batches_are_of_one_size_and_clips_in_order(asked):
     assert not np.any(found.clips)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": 0}, "seeds=0 and batch=8 must be 1 or more"),
+        ({"batch": 0}, "seeds=1 and batch=0 must be 1 or more"),
+        ({"asked": []}, "no prompts for m on held-out: raise --limit"),
+    ],
+)
+def test_refuses_to_score_nothing(asked, change, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(Variant("m", None), **{"asked": asked} | change)
+
+
+def test_refuses_to_ask_for_nothing():
+    with pytest.raises(ValueError, match="count=0 must be 1 or more"):
+        evaluation.prompts("held_out", 0, 1)
+
+
 def test_what_does_not_depend_on_seeds_is_scored_once(asked):
     variant = Variant("truth", evaluation_models.truth(81, SIZE), seeded=False)
     assert evaluate(variant, asked[:2], seeds=8).of("all").shape == (2, 1)

@@ -58,6 +58,7 @@ def test_seeds_of_a_prompt_count_by_how_much_they_differ():
     assert statistics.effective_count(same) == pytest.approx(40, rel=0.05)
     assert statistics.effective_count(rng.random((40, 8)) < 0.7) > 200
     assert statistics.effective_count(np.ones((40, 8))) == 40
+    assert statistics.effective_count(np.asarray([[1, 0, 1, 1]])) == 1  # one prompt says nothing of others
     assert statistics.effective_count(rng.random((40, 1)) < 0.7) == 40
 
 
