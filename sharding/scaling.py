@@ -1,10 +1,10 @@
 """`jax-causal bench --scaling`: one device and several in one run with the same kernels, and a projection to more.
 
 Measured are the rows of `bench` for one device and for every strategy that the devices and heads allow, and from a
-profile, on GPUs, how much of its collectives each hides behind computation. The
-projection takes the time of one device's share of the rollout, run alone (`sharding.share`), and adds the strategy's
-collectives by latency and bandwidth. It is made for the devices that are there too, beside the measurement, and
-calibrated on it: of the sending, the part that shows there is counted.
+profile, on GPUs, how much of its collectives each hides behind computation. The projection takes the time of one
+device's share of the rollout, run alone (`sharding.share`), and adds the strategy's collectives by latency and
+bandwidth. It is made for the devices that are there too, beside the measurement, and calibrated on it: of the sending,
+the part that shows there is counted.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ ROWS = ("rollout", "end_to_end", "first_frame")
 HOW = {
     "share": "the rollout's own program with one device's rows, heads and keys, timed alone on one device; copies of "
     "the same shapes stand where its collectives would be",
-    "sending": "all collectives of the rollout, each latency + bytes x (devices - 1) / devices / bandwidth",
+    "sending": "all collectives of the rollout, each latency + bytes x (group - 1) / group / bandwidth, by the devices "
+    "that take part; the link is taken to be the same between more devices",
     "together": "share + sending: nothing overlaps",
     "exposed": "(measured - share) / sending on the devices that are there: the part of the sending that shows, and "
     "whatever else sharing costs",
-    "calibrated": "share + exposed x sending, for strategies that were measured",
+    "calibrated": "share + exposed x sending, for strategies that were measured: takes the part that shows to be the "
+    "same on more devices, though there is less work to hide the rest behind",
 }
 
 
@@ -137,7 +139,7 @@ class Scaling:
             raise ValueError(f"{only} is nothing to measure on {devices} devices: use {' or '.join(found)}")
         ways = [Way(s, name) for name, s in found.items() if only in (None, name)]
         if ways[0].strategy.gathers:
-            (work, _), *_ = self._works()
+            *_, (work, _) = self._works()  # a full-size block, which the first may not be
             if work.held == self._frames:  # with a ring for a cache nothing overlaps
                 ways.insert(1, dataclasses.replace(ways[0], label="gather, no overlap", overlap=False))
             if (parts := ways[0].strategy.best_parts(work)) > 1 and work.tokens % parts == 0:

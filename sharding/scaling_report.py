@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
         "frames": inputs["num_frames"],
         **job.limits,
         "devices": len(devices),
-        "strategy": args.strategy or "all",
+        "strategy": only or "all",
         "repeats": args.repeats,
         "weights": "random",
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
@@ -115,8 +115,9 @@ def _sections(record: dict, measured: list[Measured], projections: list[Projecti
         f" · {record['frames']} frames of {record['width']} x {record['height']} pixels"
         f" · {record['precision']} on {record['devices']} x {record['device_kind']}",
     )
+    window = "whole past" if record["window"] is None else f"window {record['window']}, sink {record['sink']}"
     setting = (
-        f"random weights · median of {record['repeats']} warm runs · jax {record['jax']}\n"
+        f"random weights · {window} · median of {record['repeats']} warm runs · jax {record['jax']}\n"
         f"XLA_FLAGS {record['xla_flags'] or 'none'}"
     )
     reach = f"{link.latency * 1e6:.0f} us and {link.bandwidth / 1e9:.3g} GB/s"

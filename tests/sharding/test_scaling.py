@@ -17,7 +17,7 @@ from jax_causal.rollout import RolloutSpec
 from sharding.compiled import abstract_block, device_bytes
 from sharding.hlo import Program
 from sharding.link import measure_link
-from sharding.scaling import Measured, Scaling, Way
+from sharding.scaling import ROWS, Measured, Scaling, Way
 from sharding.share import Share
 from sharding.strategies import Link, Strategy
 from tests.sharding import seeded
@@ -113,6 +113,15 @@ def test_ways():
     assert "gather, no overlap" not in [way.label for way in ring.ways(2)]
 
 
+def test_keys_are_split_as_a_full_size_block_wants():
+    """195 rows of a lone first frame would want 4 parts on 8 devices, the 585 rows of every other block 2."""
+    wan = PRESETS["wan-1.3b"]
+    lone = dataclasses.replace(wan, sampler=dataclasses.replace(wan.sampler, independent_first_frame=True))
+    inputs = {"num_frames": 73, "height": 480, "width": 832, "seed": 0}
+    labels = [way.label for way in Scaling(lone, "bfloat16", inputs, LIMITS).ways(8)]
+    assert labels[:2] == ["gather", "gather, keys in 2"]
+
+
 # The command.
 
 
@@ -160,6 +169,24 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert four["measured_s"] is None
     assert four["exposed"] == two["exposed"]
     assert four["calibrated_s"] == pytest.approx(four["share_s"] + four["exposed"] * four["sending_s"])
+
+
+def test_everything_is_measured_unless_a_strategy_is_named(tmp_path, capsys, monkeypatch):
+    """And projected, calibrated where the same way was measured. Rows and link are stand-ins."""
+    rows = {name: Row(name, 3.0, 3.0, 3.0, "s") for name in ROWS}
+    monkeypatch.setattr(Scaling, "_rows", lambda scaling, parallel, names: rows)
+    path = tmp_path / "scaling.json"
+    assert command("--scaling", "--devices", 2, "--strategy", "auto", "--project", 8, "--json", path) == 0
+    record = json.loads(path.read_text())
+    assert record["strategy"] == "all"
+    gathers = ["gather", "gather, keys in 8", "gather, no overlap"]
+    measured = list(dict.fromkeys((row["strategy"], row["devices"]) for row in record["rows"]))
+    assert measured == [("single", 1), *((name, 2) for name in [*gathers, "ring", "ulysses"])]
+    calibrated = {
+        p["strategy"]: p["calibrated_s"] is not None for p in record["projection"] if p["devices"] == 8
+    }
+    assert calibrated == dict.fromkeys([*gathers, "ring"], True) | {"hybrid": False}
+    assert "whole past" in capsys.readouterr().out
 
 
 def test_one_device_projects_from_the_assumed_link(capsys):
