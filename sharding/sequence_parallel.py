@@ -37,7 +37,9 @@ class SequenceParallel:
       data: groups of devices that share the batch between them; the devices of a group share every frame.
       shard_params: shard the transformer's weights over all devices as well, for models that would not fit.
       backend: attention back end, as in `SingleDevice`.
-      parts: parts that `gather` splits its keys into on each device.
+      parts: parts that `gather` splits its keys into on each device; divides the tokens of a frame. More than one may
+        pay where cuDNN attends with few queries, at a rounding more: `bench --scaling` measures both. The Hopper kernel
+        fills a device by itself.
       overlap: whether `gather` attends to the past while the block's keys and values travel, and merges.
       unroll: as in `SingleDevice`.
     """
