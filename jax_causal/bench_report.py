@@ -47,7 +47,7 @@ def run(args: argparse.Namespace, parallel: Parallel) -> None:
     note(f"loading {job.config.name}")
     size = {name: job.inputs[name] for name in ("num_frames", "height", "width", "seed")}
     measured = bench.run(
-        job.load(),
+        job.load(text_encoder=not wanted.isdisjoint(("text", "peak_memory_all"))),
         **size,
         repeats=args.repeats,
         only=wanted,

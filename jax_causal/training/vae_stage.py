@@ -20,7 +20,7 @@ import numpy as np
 from jax_causal import modules
 from jax_causal.config import ModelConfig, VAEConfig
 from jax_causal.parallel import Parallel, SingleDevice
-from jax_causal.training import data, optim
+from jax_causal.training import data, optim, world
 from jax_causal.training.config import TrainConfig
 from jax_causal.training.stage import step_key
 from jax_causal.vae import VAE, to_uint8
@@ -113,23 +113,32 @@ class VAEStage:
         return {"vae": state["ema"]}
 
     def trained_model(self, state) -> ModelConfig:
-        """The model with the latents' statistics measured on whole clips of the trained encoder."""
+        """The model with the statistics of its latents, measured on whole clips.
+
+        They are those of samples, as the decoder saw them in training, not of the encoder's means: a channel that
+        carries nothing has means next to zero and samples of a variance near one. Over the deviation of the means,
+        it would become noise that the diffusion model must learn; over that of the samples it stays next to zero.
+        """
         batch = data.scenes(jax.random.key(self.config.seed + 1), self.options.statistics_clips)
-        tokens = data.encode_scenes(
-            self.vae,
-            state["ema"],
-            batch,
-            SingleDevice(),
-            num_frames=self.model.num_frames,
-            size=self.model.height,
-            patch=1,
-            chunk=min(8, self.options.statistics_clips),
-        )
-        values = np.asarray(tokens, np.float64).reshape(-1, self.vae.z_dim)
-        mean, std = (tuple(float(f"{x:.4f}") for x in f(values, axis=0)) for f in (np.mean, np.std))
+        size, frames = self.model.height, self.model.num_frames
+        moments = [
+            _moments(self.vae, state["ema"], jax.tree.map(lambda x, i=i: x[i], batch), frames, size)
+            for i in range(self.options.statistics_clips)
+        ]
+        mean, square = np.mean(np.asarray(moments, np.float64), axis=0)
+        mean, std = (tuple(float(f"{x:.4f}") for x in row) for row in (mean, np.sqrt(square - mean**2)))
         return dataclasses.replace(
             self.model, vae=dataclasses.replace(self.vae, latents_mean=mean, latents_std=std)
         )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "num_frames", "size"))
+def _moments(config: VAEConfig, params, scene: world.Scene, num_frames: int, size: int):
+    """First and second moments [2, C], fp32, of latents sampled for one scene's clip."""
+    video = world.render(scene, world.frame_times(num_frames), size)[None]
+    mean, log_variance, _ = modules.bind(VAE, config, params).posterior(video, None, first=True)
+    square = jnp.square(mean) + jnp.exp(jnp.clip(log_variance, -30, 20))
+    return jnp.stack([mean.mean((0, 1, 3, 4)), square.mean((0, 1, 3, 4))])
 
 
 def balanced_error(shown, video, background):
