@@ -278,15 +278,31 @@ def _correlate(x, kernel, stride):
     )
 
 
-@pytest.mark.parametrize("form", ["3d", "folded", "auto"])
+@pytest.mark.parametrize("form", ["3d", "folded", "spread", "auto"])
 @pytest.mark.parametrize("spatial", [1, 3])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_causal_conv(form, spatial, stride):
+@pytest.mark.parametrize("outputs", [3, 8])
+def test_causal_conv(form, spatial, stride, outputs):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 7, 4, 5, 6), np.float32)
-    kernel = rng.standard_normal((3, spatial, spatial, 6, 8), np.float32)
+    kernel = rng.standard_normal((3, spatial, spatial, 6, outputs), np.float32)
     out = causal_conv(x, kernel, form, stride=stride)
     np.testing.assert_allclose(out, _correlate(x, kernel, stride), atol=2e-5)
+
+
+def test_spread_convolution_in_bfloat16():
+    """Rounding each tap's sum costs little beside rounding the whole: less than half as much again."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((1, 6, 16, 16, 96)), jnp.bfloat16)
+    kernel = jnp.asarray(rng.standard_normal((3, 3, 3, 96, 3)) / 50, jnp.bfloat16)
+    exact = _correlate(np.asarray(x, np.float64), np.asarray(kernel, np.float64), 1)
+    errors = {
+        form: np.linalg.norm(np.asarray(causal_conv(x, kernel, form), np.float64) - exact)
+        / np.linalg.norm(exact)
+        for form in ("folded", "spread")
+    }
+    assert 1e-4 < errors["folded"] < 4e-3
+    assert errors["spread"] < 1.5 * errors["folded"]
 
 
 def test_upsampling_conv():
@@ -382,5 +398,5 @@ def test_latent_frame_counts():
 
 
 def test_unknown_conv_form():
-    with pytest.raises(ValueError, match="auto, 3d, folded"):
+    with pytest.raises(ValueError, match="auto, 3d, folded, spread"):
         modules.abstract(VAE, VAEConfig(dim=4), conv="2d")
