@@ -36,9 +36,9 @@ class Stream:
         self.next_state: list[jax.Array] = []
         self._slots = None if first else iter(state)
 
-    def extend(self, x, frames: int):
-        """[B, T, ...] to [B, frames + T, ...]: x behind the last `frames` frames of the chunks before, zeros
-        at the start of a clip."""
+    def history(self, x, frames: int):
+        """[B, frames, ...]: the last `frames` frames of the chunks before x [B, T, ...], zeros at the start of a
+        clip. Keeps those that the chunk after will ask for."""
         shape = (x.shape[0], frames, *x.shape[2:])
         history = jnp.zeros(shape, x.dtype) if self._slots is None else next(self._slots)
         if history.shape != shape or history.dtype != x.dtype:
@@ -47,16 +47,17 @@ class Stream:
                 f"{x.dtype}{list(shape)}: batch, size and dtype must be those of the chunk before; "
                 "begin another clip with first=True"
             )
-        x = jnp.concatenate([history, x], axis=1)
-        self.next_state.append(x[:, -frames:])
-        return x
+        self.next_state.append(jnp.concatenate([history[:, x.shape[1] :], x[:, -frames:]], axis=1))
+        return history
 
 
-def causal_conv(x, kernel, form: str, *, stride: int = 1):
-    """Convolution with 3 taps in time, valid there (T + 2 frames in, T out), zero-padded in space.
+def causal_conv(history, x, kernel, form: str, *, stride: int = 1):
+    """Convolution with 3 taps in time, each frame with the two before it, zero-padded in space.
 
     Args:
-      x: [B, T + 2, H, W, C]
+      history: [B, 2, H, W, C], the frames before x. It comes apart because joining it to x would copy x once more
+        than the folded form does already.
+      x: [B, T, H, W, C]
       kernel: [3, kh, kw, C, O], kh and kw odd
       form: how it is computed; the forms agree to rounding. "3d": one 3-D convolution. "folded": one 2-D
         convolution with the taps side by side in the input channels, faster on GPUs and several times so on
@@ -74,15 +75,32 @@ def causal_conv(x, kernel, form: str, *, stride: int = 1):
     padding = [(size // 2, size // 2) for size in kernel.shape[1:3]]
     if form == "3d":
         return jax.lax.conv_general_dilated(
-            x, kernel, (stride, 1, 1), [(0, 0), *padding], dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+            jnp.concatenate([history, x], axis=1),
+            kernel,
+            (stride, 1, 1),
+            [(0, 0), *padding],
+            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
         )
-    frames = x.shape[1] - 2
     if form == "spread":
-        y = _conv2d(x, jnp.concatenate(list(kernel), axis=-1), padding).astype(jnp.float32)
-        outputs = jnp.split(y, 3, axis=-1)
-        return sum(y[:, t : t + frames : stride] for t, y in enumerate(outputs)).astype(x.dtype)
-    taps = jnp.concatenate([x[:, t : t + frames : stride] for t in range(3)], axis=-1)
+        kernel = jnp.concatenate(list(kernel), axis=-1)
+        history, x = (_conv2d(frames, kernel, padding).astype(jnp.float32) for frames in (history, x))
+        taps = [_tap(*parts, t, stride) for t, parts in enumerate(_thirds(history, x))]
+        return sum(taps).astype(kernel.dtype)
+    taps = jnp.concatenate([_tap(history, x, t, stride) for t in range(3)], axis=-1)
     return _conv2d(taps, jnp.concatenate(list(kernel), axis=-2), padding)
+
+
+def _tap(history, x, tap: int, stride: int):
+    """What tap 0, 1 or 2 sees: every `stride`-th of the T frames that begin 2, 1 or 0 before x [B, T, ...]."""
+    frames = x.shape[1]
+    if tap < 2:
+        x = jnp.concatenate([history[:, tap : tap + frames], x[:, : max(frames - 2 + tap, 0)]], axis=1)
+    return x[:, ::stride]
+
+
+def _thirds(*arrays):
+    """Each array's channels in three: three tuples."""
+    return zip(*(jnp.split(x, 3, axis=-1) for x in arrays), strict=True)
 
 
 def _conv2d(x, kernel, padding):
@@ -128,11 +146,11 @@ class CausalConv(nnx.Conv):
         super().__init__(in_features, out_features, (3, spatial, spatial), rngs=rngs)
 
     def __call__(self, x, stream: Stream):
-        return self.valid(stream.extend(x, 2), stream)
+        return self.behind(stream.history(x, 2), x, stream)
 
-    def valid(self, x, stream: Stream, *, stride: int = 1):
-        """The same for an x that brings its two frames of history along; every `stride`-th output."""
-        return causal_conv(x, self.kernel[...], stream.conv, stride=stride) + self.bias[...]
+    def behind(self, history, x, stream: Stream, *, stride: int = 1):
+        """The same behind two frames that are given; every `stride`-th output."""
+        return causal_conv(history, x, self.kernel[...], stream.conv, stride=stride) + self.bias[...]
 
 
 class Norm(nnx.Module):
@@ -193,7 +211,8 @@ class Downsample(nnx.Module):
         if self.time_conv is None:
             return x
         # The lone frame is the history of the next.
-        y = self.time_conv.valid(stream.extend(x, 1)[:, stream.lone :], stream, stride=2)
+        seen = jnp.concatenate([stream.history(x, 1), x], axis=1)[:, stream.lone :]
+        y = self.time_conv.behind(seen[:, :2], seen[:, 2:], stream, stride=2)
         return jnp.concatenate([x[:, : stream.lone], y], axis=1)
 
 
