@@ -51,7 +51,7 @@ class Stream:
         return history
 
 
-def causal_conv(history, x, kernel, form: str, *, stride: int = 1):
+def causal_conv(history, x, kernel, form: str, *, bias=0, residual=0, stride: int = 1):
     """Convolution with 3 taps in time, each frame with the two before it, zero-padded in space.
 
     Args:
@@ -64,6 +64,7 @@ def causal_conv(history, x, kernel, form: str, *, stride: int = 1):
         CPUs. "spread": one 2-D convolution with the taps side by side in the output channels, whose frames are
         then shifted and summed in float32: where outputs are few it reads its input once instead of writing and
         reading it three times over. "auto": the fastest.
+      bias, residual: [O], and of the shape of the result; added to it
       stride: of the output frames
 
     Returns:
@@ -74,20 +75,21 @@ def causal_conv(history, x, kernel, form: str, *, stride: int = 1):
         form = two_dimensional if jax.default_backend() in ("cpu", "gpu") else "3d"
     padding = [(size // 2, size // 2) for size in kernel.shape[1:3]]
     if form == "3d":
-        return jax.lax.conv_general_dilated(
+        y = jax.lax.conv_general_dilated(
             jnp.concatenate([history, x], axis=1),
             kernel,
             (stride, 1, 1),
             [(0, 0), *padding],
             dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
         )
+        return y + bias + residual
     if form == "spread":
         kernel = jnp.concatenate(list(kernel), axis=-1)
         history, x = (_conv2d(frames, kernel, padding).astype(jnp.float32) for frames in (history, x))
         taps = [_tap(*parts, t, stride) for t, parts in enumerate(_thirds(history, x))]
-        return sum(taps).astype(kernel.dtype)
+        return sum(taps).astype(kernel.dtype) + bias + residual
     taps = jnp.concatenate([_tap(history, x, t, stride) for t in range(3)], axis=-1)
-    return _conv2d(taps, jnp.concatenate(list(kernel), axis=-2), padding)
+    return _conv2d(taps, jnp.concatenate(list(kernel), axis=-2), padding, bias, residual)
 
 
 def _tap(history, x, tap: int, stride: int):
@@ -103,11 +105,15 @@ def _thirds(*arrays):
     return zip(*(jnp.split(x, 3, axis=-1) for x in arrays), strict=True)
 
 
-def _conv2d(x, kernel, padding):
-    """Each frame of [B, T, H, W, C] convolved with [kh, kw, C, O]."""
+def _conv2d(x, kernel, padding, bias=0, residual=0):
+    """Each frame of [B, T, H, W, C] convolved with [kh, kw, C, O], plus `bias` and `residual`.
+
+    Both are added while frames are still a batch: only so does XLA add them in the convolution's kernel on GPUs.
+    """
     y = jax.lax.conv_general_dilated(
         x.reshape(-1, *x.shape[2:]), kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+    y = y + bias + (residual if isinstance(residual, int) else residual.reshape(y.shape))
     return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
@@ -145,12 +151,12 @@ class CausalConv(nnx.Conv):
     def __init__(self, in_features: int, out_features: int, *, spatial: int = 3, rngs: nnx.Rngs):
         super().__init__(in_features, out_features, (3, spatial, spatial), rngs=rngs)
 
-    def __call__(self, x, stream: Stream):
-        return self.behind(stream.history(x, 2), x, stream)
+    def __call__(self, x, stream: Stream, **options):
+        return self.behind(stream.history(x, 2), x, stream, **options)
 
-    def behind(self, history, x, stream: Stream, *, stride: int = 1):
-        """The same behind two frames that are given; every `stride`-th output."""
-        return causal_conv(history, x, self.kernel[...], stream.conv, stride=stride) + self.bias[...]
+    def behind(self, history, x, stream: Stream, **options):
+        """The same behind two frames that are given. `options` are those of `causal_conv`."""
+        return causal_conv(history, x, self.kernel[...], stream.conv, bias=self.bias[...], **options)
 
 
 class Norm(nnx.Module):
@@ -180,8 +186,8 @@ class ResidualBlock(nnx.Module):
 
     def __call__(self, x, stream: Stream):
         y = self.conv1(jax.nn.silu(self.norm1(x)), stream)
-        y = self.conv2(jax.nn.silu(self.norm2(y)), stream)
-        return y + (x if self.shortcut is None else self.shortcut(x))
+        residual = x if self.shortcut is None else self.shortcut(x)
+        return self.conv2(jax.nn.silu(self.norm2(y)), stream, residual=residual)
 
 
 class Attention(nnx.Module):

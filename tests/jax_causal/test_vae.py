@@ -286,8 +286,12 @@ def test_causal_conv(form, spatial, stride, outputs):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 7, 4, 5, 6), np.float32)
     kernel = rng.standard_normal((3, spatial, spatial, 6, outputs), np.float32)
+    expected = _correlate(x, kernel, stride)
     out = causal_conv(x[:, :2], x[:, 2:], kernel, form, stride=stride)
-    np.testing.assert_allclose(out, _correlate(x, kernel, stride), atol=2e-5)
+    np.testing.assert_allclose(out, expected, atol=2e-5)
+    bias, residual = rng.standard_normal(outputs, np.float32), rng.standard_normal(out.shape, np.float32)
+    out = causal_conv(x[:, :2], x[:, 2:], kernel, form, stride=stride, bias=bias, residual=residual)
+    np.testing.assert_allclose(out, expected + bias + residual, atol=2e-5)
 
 
 def test_spread_convolution_in_bfloat16():
