@@ -120,7 +120,7 @@ def test_profile_adds_up(rows):
 
 
 def test_json_then_compare(pipe, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Job, "load", lambda job: pipe)  # the same model, compiled already
+    monkeypatch.setattr(Job, "load", lambda job, **options: pipe)  # the same model, compiled already
     file = tmp_path / "before.json"
     measure = ["--preset", "small", "--repeats", 1, "--only", "rollout,decode,peak_memory_all"]
     assert command(*measure, "--json", file) == 0
