@@ -152,7 +152,12 @@ class CausalConv(nnx.Conv):
         super().__init__(in_features, out_features, (3, spatial, spatial), rngs=rngs)
 
     def __call__(self, x, stream: Stream, **options):
-        return self.behind(stream.history(x, 2), x, stream, **options)
+        history = stream.history(x, 2)
+        if stream.lone and x.shape[1] == 1:
+            # A clip's first frame by itself: behind it are zeros only, which two of three taps can leave out.
+            padding = [(size // 2, size // 2) for size in self.kernel_size[1:]]
+            return _conv2d(x, self.kernel[...][2], padding, self.bias[...], **options)
+        return self.behind(history, x, stream, **options)
 
     def behind(self, history, x, stream: Stream, **options):
         """The same behind two frames that are given. `options` are those of `causal_conv`."""
