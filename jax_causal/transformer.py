@@ -5,7 +5,7 @@ can hold the same slice of every frame. Latents enter and leave as patch tokens 
 both sides (the converter has reordered the patch embedding), so that nothing is permuted between passes.
 
 Parameters of the blocks are stacked over layers and scanned; `unroll` gives per-layer arrays instead, which a GPU
-runs faster and compiles more slowly. Both forms compute the same.
+runs faster and compiles more slowly; there q, k and v of self-attention are one weight. Both forms compute the same.
 """
 
 from __future__ import annotations
@@ -41,21 +41,22 @@ def layer_norm(x, eps: float):
     return y.astype(x.dtype)
 
 
+def inverse_rms(x, eps: float):
+    """1 / sqrt(mean(x^2) + eps) over the last axis, fp32 [..., 1]."""
+    return jax.lax.rsqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), -1, keepdims=True) + eps)
+
+
 class RMSNorm(nnx.Module):
-    """x * rsqrt(mean(x^2) + eps) * scale over the last axis; the scale multiplies in the dtype of `x`."""
+    """x * inverse_rms(x) * scale over the last axis; the scale multiplies in the dtype of `x`."""
 
     def __init__(self, dim: int, eps: float):
         self.scale = nnx.Param(jnp.ones(dim))
         self.eps = eps
 
-    def __call__(self, x):
-        y = x.astype(jnp.float32)
-        # The barrier keeps the statistic's kernel from taking the whole norm: on a GPU what follows it then becomes
-        # one kernel with the rotation.
-        inverse = jax.lax.optimization_barrier(
-            jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
-        )
-        return (y * inverse).astype(x.dtype) * self.scale[...]
+    def __call__(self, x, inverse=None):
+        """`inverse` is `inverse_rms(x)` where that is known already."""
+        inverse = inverse_rms(x, self.eps) if inverse is None else inverse
+        return (x.astype(jnp.float32) * inverse).astype(x.dtype) * self.scale[...]
 
 
 class AffineLayerNorm(nnx.Module):
@@ -71,12 +72,18 @@ class AffineLayerNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Projections of one attention layer. Queries and keys are normalised over all heads jointly."""
+    """Projections of one attention layer. Queries and keys are normalised over all heads jointly. `merged` is one
+    weight for q, k and v."""
 
-    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-        self.q, self.k, self.v, self.o = (nnx.Linear(config.dim, config.dim, rngs=rngs) for _ in "qkvo")
-        self.norm_q, self.norm_k = (RMSNorm(config.dim, config.eps) for _ in "qk")
-        self.num_heads = config.num_heads
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, *, merged: bool = False):
+        dim = config.dim
+        if merged:
+            self.qkv = nnx.Linear(dim, 3 * dim, rngs=rngs)
+        else:
+            self.q, self.k, self.v = (nnx.Linear(dim, dim, rngs=rngs) for _ in "qkv")
+        self.o = nnx.Linear(dim, dim, rngs=rngs)
+        self.norm_q, self.norm_k = (RMSNorm(dim, config.eps) for _ in "qk")
+        self.num_heads, self.eps, self.merged = config.num_heads, config.eps, merged
 
     def _heads(self, x):
         return x.reshape(*x.shape[:-1], self.num_heads, -1)
@@ -88,6 +95,20 @@ class Attention(nnx.Module):
     def key_value(self, x):
         """[..., E] -> two of [..., N, D]."""
         return self._heads(self.norm_k(self.k(x))), self._heads(self.v(x))
+
+    def query_key_value(self, x):
+        """[..., E] -> three of [..., N, D], whose first two are going to be rotated."""
+        if self.merged:
+            qkv = self.qkv(x).reshape(*x.shape[:-1], 3, -1)
+            inverse = jnp.unstack(inverse_rms(qkv[..., :2, :], self.eps), axis=-2)
+            q, k, v = jnp.unstack(qkv, axis=-2)
+        else:
+            q, k, v = self.q(x), self.k(x), self.v(x)
+            inverse = inverse_rms(q, self.eps), inverse_rms(k, self.eps)
+        # The barrier keeps the statistic's kernel from taking the whole norm: on a GPU what follows it then becomes
+        # one kernel with the rotation.
+        for_q, for_k = jax.lax.optimization_barrier(inverse)
+        return self._heads(self.norm_q(q, for_q)), self._heads(self.norm_k(k, for_k)), self._heads(v)
 
     def output(self, x):
         """[..., N, D] -> [..., E]."""
@@ -114,10 +135,10 @@ def gelu(x):
 class Block(nnx.Module):
     """Self-attention, cross-attention and MLP, the first and last modulated per frame by the timestep."""
 
-    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, *, merged: bool = False):
         dim = config.dim
         self.modulation = nnx.Param(jax.random.normal(rngs.params(), (6, dim)) / dim**0.5)
-        self.self_attn = Attention(config, rngs)
+        self.self_attn = Attention(config, rngs, merged=merged)
         self.cross_attn = Attention(config, rngs)
         self.norm3 = AffineLayerNorm(dim, config.eps)
         self.ffn = MLP((dim, config.ffn_dim, dim), gelu, rngs)
@@ -138,8 +159,7 @@ class Block(nnx.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (modulation[:, :, i] for i in range(6))
         with jax.named_scope("self_attention"):
             y = layer_norm(x, self.eps) * (1 + scale1) + shift1
-            k, v = self.self_attn.key_value(y)
-            out, carry = attend(self.self_attn.query(y), k, v)
+            out, carry = attend(*self.self_attn.query_key_value(y))
             x = parallel.constrain(x + gate1 * self.self_attn.output(out), ACTIVATION)
         with jax.named_scope("cross_attention"):
             out = parallel.attend_text(self.cross_attn.query(self.norm3(x)), text_k, text_v)
@@ -184,7 +204,7 @@ class CausalDiT(nnx.Module):
         self.time_projection = nnx.Linear(dim, 6 * dim, rngs=rngs)
         self.head = Head(config, rngs)
         if unrolled:
-            self.blocks = nnx.List([Block(config, rngs) for _ in range(config.num_layers)])
+            self.blocks = nnx.List([Block(config, rngs, merged=True) for _ in range(config.num_layers)])
         else:
             stack = nnx.vmap(Block, in_axes=(None, 0), transform_metadata={nnx.PARTITION_NAME: None})
             self.blocks = nnx.split_rngs(splits=config.num_layers)(lambda r: stack(config, r))(rngs)
@@ -392,18 +412,23 @@ def abstract(config: TransformerConfig, dtype=jnp.float32) -> dict:
 
 
 def unroll(params: dict, *, consume: bool = False) -> dict:
-    """Stacked parameters with the blocks cut into per-layer arrays.
+    """Stacked parameters with the blocks cut into per-layer arrays, and q, k and v of self-attention joined.
 
     With `consume` every stacked array is deleted once it is cut, so that a device never holds all of them twice.
     """
 
-    def cut(x):
-        layers = [x[i] for i in range(x.shape[0])]
+    def cut(stacks):
+        layers = [jnp.concatenate([x[i] for x in stacks], axis=-1) for i in range(len(stacks[0]))]
         if consume:
-            x.delete()
+            for x in stacks:
+                x.delete()
         return layers
 
-    leaves, structure = jax.tree.flatten(params["blocks"])
+    own = dict(params["blocks"]["self_attn"])
+    joined = jax.tree.map(lambda *x: x, *(own.pop(name) for name in "qkv"))
+    rest = jax.tree.map(lambda x: (x,), params["blocks"] | {"self_attn": own})
+    blocks = rest | {"self_attn": rest["self_attn"] | {"qkv": joined}}
+    leaves, structure = jax.tree.flatten(blocks, is_leaf=lambda x: isinstance(x, tuple))
     layers = zip(*map(cut, leaves), strict=True)
     return params | {"blocks": {i: structure.unflatten(layer) for i, layer in enumerate(layers)}}
 
