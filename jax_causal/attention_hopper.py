@@ -81,9 +81,14 @@ def attend(q, k, v, length, *, no_keys: float, merge, processors: int) -> tuple[
     length = jnp.full((1,), K if length is None else length, jnp.int32)
     out, lse, *shared = forward(q, k, v, length, plan=plan, no_keys=no_keys)
     if plan.shared:
-        # Not updated in place: XLA (of jax 0.11.2) would draw the update into the kernel, and find a circle.
         outs, lses = merge(list(shared[0]), list(shared[1][..., : shared[0].shape[2]]))
-        out = jnp.concatenate([out, outs.astype(out.dtype)], axis=1) if plan.whole else outs.astype(out.dtype)
+        outs = outs.astype(out.dtype)
+        if plan.whole:
+            # In place. Without the barrier XLA (of jax 0.11.2) may draw the update into the kernel, and find a circle.
+            outs = lax.dynamic_update_slice_in_dim(
+                lax.optimization_barrier(out), outs, plan.whole * TILE, axis=1
+            )
+        out = outs
         lse = jnp.concatenate([lse, lses], axis=2) if plan.whole else lses
     return out[:, :T], lse[:, :, :T]
 
@@ -91,13 +96,12 @@ def attend(q, k, v, length, *, no_keys: float, merge, processors: int) -> tuple[
 # Compiled by itself, so that the layers of a model share one kernel: each costs a second.
 @functools.partial(jax.jit, static_argnames=("plan", "no_keys"))
 def forward(q, k, v, length, *, plan: Plan, no_keys: float):
-    """The kernel: out [B, rows, N, D] and lse [B, N, whole * 128] of whole tiles (undefined where there are none); of
-    shared ones each run's fp32 out [runs, B, rows, N, D] and lse [runs, B, N, shared * 128]. T and K are multiples of
-    8; the rows of the two are T in all."""
+    """The kernel: out [B, T, N, D], undefined where tiles are shared, and lse [B, N, whole * 128] of whole tiles (both
+    smaller and undefined where there are none); of shared ones each run's fp32 out [runs, B, rows, N, D] and lse
+    [runs, B, N, shared * 128]. T and K are multiples of 8."""
     B, T, N, D = q.shape
-    rows = min(plan.whole * TILE, T) or 8
     out_type = [
-        jax.ShapeDtypeStruct((B, rows, N, D), q.dtype),
+        jax.ShapeDtypeStruct((B, T if plan.whole else 8, N, D), q.dtype),
         jax.ShapeDtypeStruct((B, N, max(plan.whole, 1) * TILE), jnp.float32),
     ]
     scratch = {
