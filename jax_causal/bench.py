@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ import numpy as np
 
 from jax_causal import bench_ceilings, bench_profile, rollout, transformer
 from jax_causal.bench_ceilings import Ceilings, Operations
-from jax_causal.bench_rows import BOUNDARIES, COMMUNICATION, PROFILE, Row, check_rows
+from jax_causal.bench_rows import BOUNDARIES, COMMUNICATION, FIRST_FRAME, PROFILE, Row, check_rows
 from jax_causal.pipeline import Pipeline, decode_chunk, encode_text
 from jax_causal.request import Request, prepare
 from jax_causal.timings import CompileClock
@@ -64,6 +64,7 @@ def run(
     ceilings = bench.ceilings()
     groups = [
         (bench.end_to_end, ("warmup", "compile", "end_to_end", "first_frame")),
+        (bench.first_frame, tuple(f"first_frame_{part}" for part in FIRST_FRAME)),
         (bench.rollout, ("rollout", "rollout_without_last_context", "rollout_throughput")),
         (bench.decode, ("decode",)),
         (bench.memory, ("peak_memory_all",)),
@@ -137,17 +138,30 @@ class _Bench:
             compiling = clock.since(begin)
         total, first = zip(*(self._generate() for _ in range(self.repeats)), strict=True)
 
-        text = bench_ceilings.text_kv_operations(self.config.transformer)
+        text, denoising, decoding = self._first_operations()
         operations = bench_ceilings.rollout_operations(self.spec, self.frames, last_context=False)
         operations = operations.plus(text).plus(self._decode_operations())
-        (start, size), *_ = rollout.block_sizes(self.frames, self.spec.sampler)
-        until_first = bench_ceilings.block_operations(self.spec, start, size, len(self.spec.sampler.steps))
-        until_first = until_first.plus(text).plus(self._decoding(1, first=True))
+        until_first = text.plus(denoising).plus(decoding)
         return [
             _row("warmup", [warmup]),
             _row("compile", [compiling]),
             _row("end_to_end", total, ceilings.floor(operations, self.devices)),
             _row("first_frame", first, ceilings.floor(until_first, self.devices)),
+        ]
+
+    def first_frame(self, ceilings: Ceilings) -> list[Row]:
+        runs = []
+        for _ in range(1 + self.repeats):
+            seconds = {}
+            chunks = self._stream(report=seconds.setdefault)
+            next(chunks)
+            chunks.close()
+            runs.append(seconds)
+        return [
+            _row(
+                f"first_frame_{part}", [run[part] for run in runs[1:]], ceilings.floor(counted, self.devices)
+            )
+            for part, counted in zip(FIRST_FRAME, self._first_operations(), strict=True)
         ]
 
     def rollout(self, ceilings: Ceilings) -> list[Row]:
@@ -165,10 +179,10 @@ class _Bench:
         ]
 
     def decode(self, ceilings: Ceilings) -> list[Row]:
-        blocks = [
-            self._noise(self.spec, start, size)[0]
-            for start, size in rollout.block_sizes(self.frames, self.spec.sampler)
-        ]
+        plan = rollout.block_sizes(self.frames, self.spec.sampler)
+        blocks = [self._noise(self.spec, start, size)[0] for start, size in plan]
+        # Committed to where they are, as denoised blocks are: others would compile the decoder once more.
+        blocks = [jax.device_put(block, block.sharding) for block in blocks]
         pieces = [*_first_pieces(blocks[0]), *blocks[1:]]
 
         def decode():
@@ -247,16 +261,14 @@ class _Bench:
 
     # Steps of a run.
 
+    def _stream(self, report=None) -> Iterator[np.ndarray]:
+        size = {"num_frames": self.num_frames, "height": self.height, "width": self.width}
+        return self.pipe.stream(prompt_embeds=self.embeds, **size, seed=self.seed, report=report)
+
     def _generate(self) -> tuple[float, float]:
         """Seconds of a whole video, and until its first frame."""
         begin = time.perf_counter()
-        chunks = self.pipe.stream(
-            prompt_embeds=self.embeds,
-            num_frames=self.num_frames,
-            height=self.height,
-            width=self.width,
-            seed=self.seed,
-        )
+        chunks = self._stream()
         next(chunks)
         first = time.perf_counter() - begin
         for _ in chunks:
@@ -288,7 +300,7 @@ class _Bench:
         return roll
 
     def _cache(self, spec):
-        return rollout.init_cache(spec, 1, self.dtype, stacked=not transformer.is_unrolled(self.params))
+        return rollout.new_cache(spec, 1, self.dtype, stacked=not transformer.is_unrolled(self.params))
 
     def _noise(self, spec, start, size):
         return rollout.draw_noise(spec, self.request.keys, np.int32(start), size, self.dtype)
@@ -299,11 +311,20 @@ class _Bench:
 
     def _decode(self, spec, tokens, state):
         params = self.pipe.params["vae"]
-        return decode_chunk(self.config.vae, spec, params, tokens, state, first=state is None)
+        return decode_chunk(self.config.vae, spec.framing, params, tokens, state, first=state is None)
 
     def _decoding(self, frames: int, *, first: bool) -> Operations:
         size = self.height, self.width
         return bench_ceilings.decode_operations(self.config.vae, frames, *size, first=first)
+
+    def _first_operations(self) -> tuple[Operations, ...]:
+        """Of the parts of the first frame, in the order of `FIRST_FRAME`."""
+        start, size = next(rollout.block_sizes(self.frames, self.spec.sampler))
+        return (
+            bench_ceilings.text_kv_operations(self.config.transformer),
+            bench_ceilings.block_operations(self.spec, start, size, len(self.spec.sampler.steps)),
+            self._decoding(1, first=True),
+        )
 
     def _decode_operations(self) -> Operations:
         """All frames; every chunk but the first costs the same per latent frame."""

@@ -14,6 +14,12 @@ PROFILE = {
     "copies": "copies, in full where they overlap computation",
     "gaps": "time with nothing on the first device",
 }
+# As `Pipeline.stream` reports them.
+FIRST_FRAME = {
+    "text": "text keys and values",
+    "denoise": "denoising of the first block, and what the device has left to do of the empty cache and the noise",
+    "decode": "decode of the first frame",
+}
 # Of several GPUs.
 COMMUNICATION = ("pass_collectives", "pass_collectives_exposed")
 
@@ -22,6 +28,11 @@ BOUNDARIES = {
     "end_to_end": "prompt embedding to RGB of all frames on the host: text keys and values, noise, denoising, all "
     "context passes but the last, decode, transfer; no text encoding",
     "first_frame": "the same run until its first RGB frame is on the host",
+    **{
+        f"first_frame_{part}": f"{what}, the device waited for before and after; beside these parts the first frame "
+        "waits for the host, the cache and the transfer"
+        for part, what in FIRST_FRAME.items()
+    },
     "rollout": "denoising and all context passes; noise and text keys and values made before, no decode",
     "rollout_without_last_context": "rollout without the context pass of the last block, which no frame needs",
     "rollout_throughput": "operations of the rollout by its time; the floor is the product ceiling",

@@ -64,7 +64,7 @@ def reconstruction(pipe: Pipeline) -> Make:
         params = pipe.params["vae"]
         dtype = jax.tree.leaves(params)[0].dtype
         video = jnp.asarray(to_model_range(render(prompts, seeds)), dtype)
-        return decode(config, spec, params, pipeline.encode_video(config.vae, spec, params, video))
+        return decode(config, spec, params, pipeline.encode_video(config.vae, spec.framing, params, video))
 
     return make
 
@@ -150,7 +150,7 @@ def decode(config: ModelConfig, spec: RolloutSpec, params, tokens) -> np.ndarray
     chunks, state = [], None
     for start in range(0, tokens.shape[1], block):
         frames, state = pipeline.decode_chunk(
-            config.vae, spec, params, tokens[:, start : start + block], state, first=start == 0
+            config.vae, spec.framing, params, tokens[:, start : start + block], state, first=start == 0
         )
         chunks.append(np.asarray(frames))
     return np.concatenate(chunks, axis=1)

@@ -57,6 +57,9 @@ class Parallel(Protocol):
     ) -> KVCache:
         """An empty cache, laid out as attention wants it."""
 
+    def cache_sharding(self, *, stacked: bool):
+        """Of the cache's keys and of its values; see `KVCache`."""
+
     def rope(self, frames, height: int, width: int, head_dim: int):
         """Rotary factors [2, F, S, D/2] of a block, from the frame axis's [2, F, pairs]."""
 
@@ -113,6 +116,9 @@ class SingleDevice:
     def init_cache(self, layout, num_layers, batch, num_heads, head_dim, dtype, *, stacked):
         sizes = (num_layers, batch, num_heads, head_dim)
         return KVCache.zeros(layout, *sizes, dtype, stacked=stacked, device=_first_device())
+
+    def cache_sharding(self, *, stacked):
+        return _first_device()
 
     def rope(self, frames, height, width, head_dim):
         return rope.tables(frames, rope.spatial_factors(height, width, head_dim))

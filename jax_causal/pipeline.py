@@ -24,7 +24,7 @@ from jax_causal.config import PRESETS, ModelConfig, VAEConfig
 from jax_causal.model_folder import check_kind, find_model, incomplete
 from jax_causal.parallel import Parallel, SingleDevice
 from jax_causal.request import Request, prepare
-from jax_causal.rollout import RolloutSpec
+from jax_causal.rollout import Framing
 from jax_causal.text import UMT5Encoder
 from jax_causal.tokenizer import Tokenizer, load_tokenizer
 from jax_causal.vae import VAE, to_uint8
@@ -43,25 +43,25 @@ def encode_text(config, params, ids, mask) -> jax.Array:
     return modules.bind(UMT5Encoder, config, params)(ids, mask)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "spec", "first"), donate_argnames="state")
-def decode_chunk(config: VAEConfig, spec: RolloutSpec, params, tokens, state, *, first: bool):
+@functools.partial(jax.jit, static_argnames=("config", "framing", "first"), donate_argnames="state")
+def decode_chunk(config: VAEConfig, framing: Framing, params, tokens, state, *, first: bool):
     """Patch tokens [B, F, S, 4C] to uint8 video [B, T, H, W, 3], and the decoder's next state (donated)."""
-    latents = rollout.from_tokens(spec, tokens)
+    constrain = framing.parallel.constrain
     decode = modules.bind(VAE, config, params).decode
-    video, state = decode(latents, state, first=first, constrain=spec.parallel.constrain)
+    video, state = decode(framing.from_tokens(tokens), state, first=first, constrain=constrain)
     video = to_uint8(video)
     if jax.process_count() > 1:  # a process can read only what its own devices hold
-        video = spec.parallel.constrain(video, (None,) * video.ndim)
+        video = constrain(video, (None,) * video.ndim)
     # Left alone, what a chunk does not touch comes back whole, and the next chunk compiles once more.
-    return video, tuple(spec.parallel.constrain(x, ACTIVATION_AXES) for x in state)
+    return video, tuple(constrain(x, ACTIVATION_AXES) for x in state)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "spec"))
-def encode_video(config: VAEConfig, spec: RolloutSpec, params, video):
+@functools.partial(jax.jit, static_argnames=("config", "framing"))
+def encode_video(config: VAEConfig, framing: Framing, params, video):
     """Video [B, T, H, W, 3] in [-1, 1] to patch tokens [B, F, S, 4C] of its latents."""
     encode = modules.bind(VAE, config, params).encode
-    latents, _ = encode(video, None, first=True, constrain=spec.parallel.constrain)
-    return rollout.to_tokens(spec, latents)
+    latents, _ = encode(video, None, first=True, constrain=framing.parallel.constrain)
+    return framing.to_tokens(latents)
 
 
 class Pipeline:
@@ -282,7 +282,7 @@ class Pipeline:
 
     def _frames(self, request: Request, tokens, report) -> Iterator[np.ndarray]:
         """Decoded chunks on the host, the work for the next block always dispatched before one is awaited."""
-        ready, state = deque(), None
+        ready, state, framing = deque(), None, request.spec.framing
         timed = _Phases(report)
         for block in self._blocks(request, tokens, timed):
             while ready:
@@ -291,7 +291,7 @@ class Pipeline:
             cuts = [1] if state is None and block.shape[1] > 1 else []
             for piece in jnp.split(block, cuts, axis=1):
                 frames, state = decode_chunk(
-                    self.config.vae, request.spec, self.params["vae"], piece, state, first=state is None
+                    self.config.vae, framing, self.params["vae"], piece, state, first=state is None
                 )
                 timed("decode", frames)
                 frames.copy_to_host_async()
@@ -317,10 +317,12 @@ class Pipeline:
         timed("text", text)
 
         batch, stacked = request.batch, not transformer.is_unrolled(params)
-        cache = rollout.init_cache(spec, batch, dtype, stacked=stacked)
+        cache = rollout.new_cache(spec, batch, dtype, stacked=stacked)
         begin = 0
         if request.given is not None:
-            clean = encode_video(self.config.vae, spec, self.params["vae"], request.given).astype(dtype)
+            clean = encode_video(self.config.vae, spec.framing, self.params["vae"], request.given).astype(
+                dtype
+            )
             clean = jnp.broadcast_to(clean, (batch, *clean.shape[1:]))
             timed("encode", clean)
             for start, size in rollout.initial_blocks(clean.shape[1], spec.sampler):

@@ -26,6 +26,29 @@ from jax_causal.transformer import TextKV
 
 
 @dataclasses.dataclass(frozen=True)
+class Framing:
+    """How the tokens of a frame make a picture: all that the VAE needs to know of a rollout, whatever its length.
+
+    Attributes:
+      grid: token rows and columns of a frame.
+      patch: latent rows and columns of a token.
+      parallel: how to run.
+    """
+
+    grid: tuple[int, int]
+    patch: int
+    parallel: Parallel
+
+    def to_tokens(self, latent) -> jax.Array:
+        """Latent [B, F, C, h, w] to patch tokens [B, F, S, 4C]."""
+        return self.parallel.to_tokens(latent, self.patch)
+
+    def from_tokens(self, tokens) -> jax.Array:
+        """Patch tokens [B, F, S, 4C] to a latent [B, F, C, h, w]."""
+        return self.parallel.from_tokens(tokens, self.patch, *self.grid)
+
+
+@dataclasses.dataclass(frozen=True)
 class RolloutSpec:
     """Everything static about a rollout; hashable, one compiled program per distinct value.
 
@@ -75,6 +98,10 @@ class RolloutSpec:
     def head_dim(self) -> int:
         return self.transformer.head_dim
 
+    @property
+    def framing(self) -> Framing:
+        return Framing(self.grid, self.transformer.patch_size, self.parallel)
+
     def place(self, start: int, num_frames: int) -> Placement:
         """Placement of a block; see `CacheLayout.place`."""
         return self.layout.place(start, num_frames, self.head_dim)
@@ -111,11 +138,25 @@ def check_frames(num_frames: int, sampler: SamplerConfig, what: str = "latent fr
 
 
 def init_cache(spec: RolloutSpec, batch: int, dtype, *, stacked: bool = True) -> KVCache:
-    """An empty cache, committed to its devices. `stacked` must match the parameters: False for unrolled ones."""
+    """An empty cache, committed to its devices. `stacked` must match the parameters: False for unrolled ones.
+
+    May be called while tracing; elsewhere `new_cache` gives the same sooner.
+    """
     config = spec.transformer
     return spec.parallel.init_cache(
         spec.layout, config.num_layers, batch, config.num_heads, config.head_dim, dtype, stacked=stacked
     )
+
+
+def new_cache(spec: RolloutSpec, batch: int, dtype, *, stacked: bool = True) -> KVCache:
+    """`init_cache` as one program: unrolled, it is two arrays a layer, and the first frame waits for them all."""
+    return _cache_program(spec, batch, jnp.dtype(dtype), stacked)()
+
+
+@functools.lru_cache(maxsize=64)
+def _cache_program(spec, batch, dtype, stacked):
+    make = functools.partial(init_cache, spec, batch, dtype, stacked=stacked)
+    return jax.jit(make, out_shardings=spec.parallel.cache_sharding(stacked=stacked))
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -153,13 +194,13 @@ def draw_noise(spec: RolloutSpec, keys, start, num_frames: int, dtype) -> tuple[
 @functools.partial(jax.jit, static_argnames="spec")
 def to_tokens(spec: RolloutSpec, latent) -> jax.Array:
     """Latent [B, F, C, h, w] to patch tokens [B, F, S, 4C]."""
-    return spec.parallel.to_tokens(latent, spec.transformer.patch_size)
+    return spec.framing.to_tokens(latent)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
 def from_tokens(spec: RolloutSpec, tokens) -> jax.Array:
     """Patch tokens [B, F, S, 4C] to a latent [B, F, C, h, w]."""
-    return spec.parallel.from_tokens(tokens, spec.transformer.patch_size, *spec.grid)
+    return spec.framing.from_tokens(tokens)
 
 
 # The block step.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jax_causal.cache import CacheLayout, KVCache, Placement
@@ -153,8 +153,7 @@ class Sharded:
         device = self.cache_sharding(stacked=stacked)
         return KVCache.zeros(layout, *sizes, dtype, stacked=stacked, device=device)
 
-    def cache_sharding(self, *, stacked: bool) -> NamedSharding:
-        """Of the cache's keys and of its values; see `KVCache`."""
+    def cache_sharding(self, *, stacked):
         names = self._cache_names if stacked else self._cache_names[1:]
         return self.rules.sharding(names, self.mesh)
 

@@ -27,13 +27,14 @@ from jax_causal import (
 from jax_causal.bench_rows import COMMUNICATION
 from jax_causal.config import PRESETS, SamplerConfig, TransformerConfig, VAEConfig
 from jax_causal.generate import Job
+from jax_causal.pipeline import decode_chunk
 from jax_causal.vae import VAE
 from tests.models import SMALL
 
 FIELDS = ["name", "median", "min", "max", "unit", "floor"]
 WITH_FLOOR = {
     "end_to_end", "first_frame", "rollout", "rollout_without_last_context", "rollout_throughput", "decode",
-    "steady_block", "text",
+    "steady_block", "text", "first_frame_text", "first_frame_denoise", "first_frame_decode",
 }  # fmt: skip
 
 
@@ -85,6 +86,20 @@ def test_parts_lie_inside_what_contains_them(rows):
     operations = bench_ceilings.rollout_operations(spec, 4, last_context=True).total
     work = by_name["rollout_throughput"].max * by_name["rollout"].min * 1e12
     assert work == pytest.approx(operations, rel=1e-9)
+
+
+def test_rows_that_decode_compile_no_decoder_of_their_own(pipe):
+    """The first frame, the rest of its block and a regular chunk: a minute of compiling on a GPU."""
+    params = {name: pipe.params[name] for name in ("transformer", "vae")}
+    measured = bench._Bench(Pipeline(SMALL, params), 21, 8, 8, repeats=1, seed=0)
+    ceilings = bench_ceilings.Ceilings(*[(1.0, 1.0, 1.0)] * 3)
+    before = decode_chunk._cache_size()
+    measured.end_to_end(ceilings)
+    assert decode_chunk._cache_size() == before + 3
+    measured.first_frame(ceilings)
+    measured.decode(ceilings)
+    measured.steady_block(ceilings)  # which has a window
+    assert decode_chunk._cache_size() == before + 3
 
 
 def test_only_the_rows_asked_for(pipe):

@@ -82,7 +82,7 @@ def test_activations_are_within_a_third_of_what_xla_plans():
 
     state = _abstract(vae.init_decoder_state(TINY.vae, 1, 96, 96))
     decode = pipeline.decode_chunk.lower(
-        TINY.vae, spec, modules.abstract(vae.VAE, TINY.vae), tokens, state, first=False
+        TINY.vae, spec.framing, modules.abstract(vae.VAE, TINY.vae), tokens, state, first=False
     )
     planned = decode.compile().memory_analysis().temp_size_in_bytes
     assert planned / 1.34 < parts["vae_activations"] < planned * 1.34

@@ -172,6 +172,18 @@ def test_one_program_and_no_tracing_after_the_first_block(stacked):
     assert (rollout.denoise_block._cache_size(), rollout.write_context._cache_size()) == programs
 
 
+@pytest.mark.parametrize("stacked", [True, False], ids=["scanned", "unrolled"])
+def test_a_new_cache_is_an_empty_one(stacked):
+    spec = RolloutSpec.create(CONFIG, SAMPLER, GRID, None, window=6, sink=2)
+    new, empty = (
+        make(spec, 1, jnp.float32, stacked=stacked) for make in (rollout.new_cache, rollout.init_cache)
+    )
+    assert jax.tree.structure(new) == jax.tree.structure(empty)
+    for x, y in zip(jax.tree.leaves(new), jax.tree.leaves(empty), strict=True):
+        assert (x.shape, x.dtype, x.sharding, x.committed) == (y.shape, y.dtype, y.sharding, True)
+        assert not x.any()
+
+
 def _run_more(spec, stacked):
     params = _params() if stacked else _unrolled()
     cache = rollout.init_cache(spec, 1, jnp.float32, stacked=stacked)

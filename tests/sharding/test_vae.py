@@ -102,7 +102,7 @@ def test_state_stays_sharded(name):
     before = decode_chunk._cache_size()
     for index, frames in enumerate((1, 2, 2)):
         tokens = rollout.to_tokens(spec, seeded.latents(spec, 1, frames))
-        video, state = decode_chunk(CONFIG, spec, params, tokens, state, first=index == 0)
+        video, state = decode_chunk(CONFIG, spec.framing, params, tokens, state, first=index == 0)
         for x in (video, *state):
             divides = x.shape[3] % parallel.num_devices == 0
             assert x.sharding.is_equivalent_to(
@@ -129,7 +129,7 @@ def _full(devices):
             jnp.bfloat16,
             sharding=parallel.rules.sharding(("batch", "frames", "tokens"), parallel.mesh),
         )
-        return decode_chunk.lower(model.vae, spec, params, tokens, state, first=first)
+        return decode_chunk.lower(model.vae, spec.framing, params, tokens, state, first=first)
 
     params = modules.abstract(VAE, model.vae)
     params = jax.tree.map(shaped, params, parallel.shardings(params, "vae"))
