@@ -202,3 +202,11 @@ def test_frame_masks():
     np.testing.assert_array_equal(transformer.block_causal_mask(blocks, window=3)[3:], windowed[3:])
     forcing = rows([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 1]])
     np.testing.assert_array_equal(transformer.teacher_forcing_mask(np.array([0, 1])), forcing)
+
+
+def test_unrolling_can_consume_the_stacks():
+    params = transformer.init(PRESETS["tiny"].transformer, jax.random.key(0))
+    kept, stacks = transformer.unroll(params), jax.tree.leaves(params["blocks"])
+    consumed = transformer.unroll(params, consume=True)
+    assert all(x.is_deleted() for x in stacks)
+    jax.tree.map(np.testing.assert_array_equal, consumed, kept)
