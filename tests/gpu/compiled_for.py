@@ -53,11 +53,23 @@ device_description_str: "NVIDIA H200"
 _FREE = ("after-all", "bitcast", "constant", "get-tuple-element", "parameter", "tuple")
 
 
+def described_card() -> jax.Device:
+    """A device to compile for that is not there. From now on back ends are chosen as on it."""
+    jax.config.update("jax_platforms", "cpu")  # the plugin compiles without being a back end
+    attention._device = lambda: ("gpu", (9, 0))  # what is asked otherwise is the first local device
+    return topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology="1x1x1").devices[0]
+
+
+def compiled_text(lowered) -> str:
+    """The optimised program, without the code of kernels written in Pallas."""
+    options = {name: value == "true" for name, value in environment.GPU_FLAGS.items()}
+    options["xla_gpu_autotune_level"] = 0
+    return re.sub(r'"[^"\n]{2000,}"', '""', lowered.compile(options).as_text())
+
+
 def compile_text(layers: int) -> str:
     """The optimised program of a block of `layers` layers on one device."""
-    topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology="1x1x1")
-    on_card = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    attention._device = lambda: ("gpu", (9, 0))  # back ends are chosen by the first local device
+    on_card = jax.sharding.SingleDeviceSharding(described_card())
     model = config.PRESETS["wan-1.3b"]
     network = dataclasses.replace(model.transformer, num_layers=layers)
     grid = (model.height // 16, model.width // 16)
@@ -74,10 +86,7 @@ def compile_text(layers: int) -> str:
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_card), jax.eval_shape(arguments)
     )
-    options = {name: value == "true" for name, value in environment.GPU_FLAGS.items()}
-    options["xla_gpu_autotune_level"] = 0
-    text = rollout.denoise_block.lower(spec, *abstract).compile(options).as_text()
-    return re.sub(r'"[^"\n]{2000,}"', '""', text)  # without the code of kernels written in Pallas
+    return compiled_text(rollout.denoise_block.lower(spec, *abstract))
 
 
 def kernels(program: Program) -> Iterator[Instruction]:
@@ -130,7 +139,6 @@ def main():
     parser.add_argument("--bandwidth", type=float, default=3.2, help="TB/s that bytes are turned to times by")
     parser.add_argument("--hlo", type=Path, help="writes the program to this file")
     args = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")  # the plugin compiles without being a back end
     text = compile_text(args.layers)
     if args.hlo:
         args.hlo.write_text(text)

@@ -1,7 +1,8 @@
 """Writes the fixture of `tests/sharding/test_rope_fusion.py`: a block step as XLA optimised it for a GPU.
 
-    PYTHONPATH=. python tests/gpu/rope_fusion.py            # on the GPU; writes tests/gpu/rope_fusion.hlo.gz
-    PYTHONPATH=. python tests/gpu/rope_fusion.py --print    # only says where the rotation is in the fixture
+    PYTHONPATH=. python tests/gpu/rope_fusion.py              # on the GPU; writes tests/gpu/rope_fusion.hlo.gz
+    PYTHONPATH=. python tests/gpu/rope_fusion.py --described  # anywhere, for the H200 described in compiled_for.py
+    PYTHONPATH=. python tests/gpu/rope_fusion.py --print      # only says where the rotation is in the fixture
 
 The program is the denoising step of two layers of the 1.3B shape, in bf16, through the `shard_map` of Causal-RoPE SP.
 Run it again, and commit the file, whenever the test says that the fixture is stale.
@@ -24,6 +25,8 @@ import sharding
 from jax_causal import attention_hopper, config, rollout
 from sharding.compiled import abstract_block
 from sharding.hlo import Instruction, Program
+from sharding.mesh import make_mesh
+from tests.gpu import compiled_for
 
 FIXTURE = Path(__file__).with_name("rope_fusion.hlo.gz")
 LAYERS = 2
@@ -70,23 +73,26 @@ def _written_out(node) -> str:
     return f"{type(node).__name__}({','.join(f'{name}={_written_out(value)}' for name, value in fields)})"
 
 
-def _block(backend: str):
-    """Spec and abstract arguments of a block step of two layers, unrolled as on a GPU."""
+def _block(backend: str, device: jax.Device | None = None):
+    """Spec and abstract arguments of a block step of two layers on `device` (None: the first), unrolled as on a GPU."""
     model = config.PRESETS["wan-1.3b"]
     model = dataclasses.replace(model, transformer=dataclasses.replace(model.transformer, num_layers=LAYERS))
     grid = (model.height // 16, model.width // 16)
-    how = sharding.SequenceParallel(devices=1, strategy="gather", backend=backend, unroll=True)
+    mesh = make_mesh([device or jax.devices()[0]], 1, 1)
+    how = sharding.SequenceParallel(mesh=mesh, strategy="gather", backend=backend, unroll=True)
     spec = rollout.RolloutSpec.create(
         model.transformer, model.sampler, grid, 21, parallel=how.for_model(model)
     )
     return spec, abstract_block(spec, jnp.bfloat16)
 
 
-def compile_text() -> str:
-    """The optimised program of this machine's first device."""
-    spec, arguments = _block("auto")
-    text = rollout.denoise_block.lower(spec, *arguments).compile().as_text()
-    return re.sub(r'"[^"\n]{2000,}"', '""', text)  # without the code of kernels written in Pallas
+def compile_text(device: jax.Device | None) -> str:
+    """The optimised program of this machine's first device, or of a described one."""
+    spec, arguments = _block("auto", device)
+    lowered = rollout.denoise_block.lower(spec, *arguments)
+    if device is not None:
+        return compiled_for.compiled_text(lowered)
+    return re.sub(r'"[^"\n]{2000,}"', '""', lowered.compile().as_text())  # without the code of Pallas kernels
 
 
 def read() -> tuple[dict, Program]:
@@ -104,11 +110,15 @@ def rotations(program: Program) -> list[Instruction]:
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--print", action="store_true", dest="show")
+    parser.add_argument("--described", action="store_true")
     parser.add_argument("--output", type=Path, default=FIXTURE)
     args = parser.parse_args()
     if not args.show:
-        header = {"source": fingerprint(), "jax": jax.__version__, "device": jax.devices()[0].device_kind}
-        args.output.write_bytes(gzip.compress(f"{json.dumps(header)}\n{compile_text()}".encode(), 9, mtime=0))
+        device = compiled_for.described_card() if args.described else None
+        kind = "NVIDIA H200, described" if args.described else jax.devices()[0].device_kind
+        text = compile_text(device)
+        header = {"source": fingerprint(), "jax": jax.__version__, "device": kind}
+        args.output.write_bytes(gzip.compress(f"{json.dumps(header)}\n{text}".encode(), 9, mtime=0))
         print(header, args.output.stat().st_size, "bytes")
         return
     header, program = read()

@@ -1,6 +1,6 @@
 """Where the rotation ended up in a GPU's program: in one kernel with the q / k norm, not in a pass of its own.
 
-The program is a fixture, written on a GPU by `tests/gpu/rope_fusion.py`.
+The program is a fixture, written by `tests/gpu/rope_fusion.py` on a GPU or for one.
 """
 
 import importlib.util
@@ -42,7 +42,7 @@ def _kernels():
 
 def test_fixture_is_of_the_code_here():
     assert HEADER["source"] == SCRIPT.fingerprint(), (
-        f"the fixture is stale: run {COMMAND} on a GPU and commit it"
+        f"the fixture is stale: run {COMMAND} on a GPU, or with --described, and commit it"
     )
 
 
