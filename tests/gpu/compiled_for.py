@@ -1,6 +1,7 @@
 """Prints the kernels of a denoising pass of the 1.3B shape as XLA compiles it for an H200; no GPU is needed.
 
     PYTHONPATH=. python tests/gpu/compiled_for.py                      # two layers, one device, the Hopper kernel
+    PYTHONPATH=. python tests/gpu/compiled_for.py --stage decode       # a block; --stage first: the first frame
     PYTHONPATH=. python tests/gpu/compiled_for.py --hlo program.txt    # and writes the whole program down
 
 It needs jax with its CUDA plugin (jax-cuda13-plugin and jax-cuda13-pjrt, which may be installed with --no-deps), and
@@ -10,6 +11,7 @@ a product takes, does not matter to the kernels between the products.
 
 import argparse
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from jax_causal import attention, config, environment, rollout, transformer
+from jax_causal import attention, config, environment, modules, pipeline, rollout, transformer, vae
 from jax_causal.parallel import SingleDevice
 from sharding.hlo import Instruction, Program
 
@@ -53,6 +55,10 @@ device_description_str: "NVIDIA H200"
 _FREE = ("after-all", "bitcast", "constant", "get-tuple-element", "parameter", "tuple")
 
 
+MODEL = config.PRESETS["wan-1.3b"]
+DTYPE = jnp.bfloat16
+
+
 def described_card() -> jax.Device:
     """A device to compile for that is not there. From now on back ends are chosen as on it."""
     jax.config.update("jax_platforms", "cpu")  # the plugin compiles without being a back end
@@ -67,33 +73,57 @@ def compiled_text(lowered) -> str:
     return re.sub(r'"[^"\n]{2000,}"', '""', lowered.compile(options).as_text())
 
 
-def compile_text(layers: int) -> str:
-    """The optimised program of a block of `layers` layers on one device."""
+def compile_text(stage: str, layers: int) -> str:
+    """The optimised program of a block of `layers` layers ("denoise"), or of the decoder for the first frame ("first")
+    or for a block ("decode"), on one device."""
     on_card = jax.sharding.SingleDeviceSharding(described_card())
-    model = config.PRESETS["wan-1.3b"]
-    network = dataclasses.replace(model.transformer, num_layers=layers)
-    grid = (model.height // 16, model.width // 16)
-    spec = rollout.RolloutSpec.create(network, model.sampler, grid, 21, parallel=SingleDevice(unroll=True))
-
-    def arguments():
-        frames, dtype = model.sampler.frames_per_block, jnp.bfloat16
-        params = transformer.unroll(transformer.init(network, jax.random.key(0), dtype))
-        cache = rollout.init_cache(spec, 1, dtype, stacked=False)
-        text = rollout.embed_text(spec, params, jnp.zeros((1, network.text_length, network.text_dim)))
-        noise, renoise = rollout.draw_noise(spec, jax.random.split(jax.random.key(0), 1), 0, frames, dtype)
-        return params, cache, text, noise, renoise, jax.tree.map(jnp.asarray, spec.place(0, frames))
-
-    abstract = jax.tree.map(
+    network = dataclasses.replace(MODEL.transformer, num_layers=layers)
+    grid = (MODEL.height // 16, MODEL.width // 16)
+    spec = rollout.RolloutSpec.create(network, MODEL.sampler, grid, 21, parallel=SingleDevice(unroll=True))
+    if stage == "denoise":
+        function, arguments = functools.partial(rollout.denoise_block.lower, spec), _denoising(spec)
+    else:
+        function = functools.partial(
+            pipeline.decode_chunk.lower, MODEL.vae, spec.framing, first=stage == "first"
+        )
+        arguments = _decoding(spec, first=stage == "first")
+    arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_card), jax.eval_shape(arguments)
     )
-    return compiled_text(rollout.denoise_block.lower(spec, *abstract))
+    return compiled_text(function(*arguments))
+
+
+def _denoising(spec):
+    network, frames = spec.transformer, spec.sampler.frames_per_block
+
+    def arguments():
+        params = transformer.unroll(transformer.init(network, jax.random.key(0), DTYPE))
+        cache = rollout.init_cache(spec, 1, DTYPE, stacked=False)
+        text = rollout.embed_text(spec, params, jnp.zeros((1, network.text_length, network.text_dim)))
+        noise, renoise = rollout.draw_noise(spec, jax.random.split(jax.random.key(0), 1), 0, frames, DTYPE)
+        return params, cache, text, noise, renoise, jax.tree.map(jnp.asarray, spec.place(0, frames))
+
+    return arguments
+
+
+def _decoding(spec, *, first: bool):
+    frames, width = 1 if first else spec.sampler.frames_per_block, 4 * MODEL.vae.z_dim
+
+    def arguments():
+        params = modules.init(vae.VAE, MODEL.vae, jax.random.key(0), dtype=DTYPE)
+        state = None if first else vae.init_decoder_state(MODEL.vae, 1, MODEL.height, MODEL.width, DTYPE)
+        return params, jnp.zeros((1, frames, spec.layout.tokens, width), DTYPE), state
+
+    return arguments
 
 
 def kernels(program: Program) -> Iterator[Instruction]:
-    """What one pass launches, in order: the instructions of the loop over passes, those of functions it calls."""
-    (loop,) = (i for i in program.computations[program.entry].values() if i.opcode == "while")
-    body = re.search(r"body=%([\w.-]+)", loop.attributes)[1]
-    todo = list(program.computations[body].values())[::-1]
+    """What is launched, in order; of a program with a loop over passes, by one pass."""
+    inside = program.entry
+    for loop in program.computations[inside].values():
+        if loop.opcode == "while":
+            inside = re.search(r"body=%([\w.-]+)", loop.attributes)[1]
+    todo = list(program.computations[inside].values())[::-1]
     while todo:
         instruction = todo.pop()
         if instruction.opcode == "call":  # a command buffer: what is in it
@@ -135,11 +165,12 @@ def traffic(program: Program, kernel: Instruction) -> tuple[int, int]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--stage", choices=("denoise", "first", "decode"), default="denoise")
+    parser.add_argument("--layers", type=int, default=2, help="of the network that denoises")
     parser.add_argument("--bandwidth", type=float, default=3.2, help="TB/s that bytes are turned to times by")
     parser.add_argument("--hlo", type=Path, help="writes the program to this file")
     args = parser.parse_args()
-    text = compile_text(args.layers)
+    text = compile_text(args.stage, args.layers)
     if args.hlo:
         args.hlo.write_text(text)
     program, total = Program(text), 0.0
