@@ -85,8 +85,9 @@ def causal_conv(history, x, kernel, form: str, *, bias=0, residual=0, stride: in
         return y + bias + residual
     if form == "spread":
         kernel = jnp.concatenate(list(kernel), axis=-1)
-        history, x = (_conv2d(frames, kernel, padding).astype(jnp.float32) for frames in (history, x))
-        taps = [_tap(*parts, t, stride) for t, parts in enumerate(_thirds(history, x))]
+        spread = [_conv2d(frames, kernel, padding).astype(jnp.float32) for frames in (history, x)]
+        by_tap = zip(*(jnp.split(y, 3, axis=-1) for y in spread), strict=True)
+        taps = [_tap(*parts, t, stride) for t, parts in enumerate(by_tap)]
         return sum(taps).astype(kernel.dtype) + bias + residual
     taps = jnp.concatenate([_tap(history, x, t, stride) for t in range(3)], axis=-1)
     return _conv2d(taps, jnp.concatenate(list(kernel), axis=-2), padding, bias, residual)
@@ -98,11 +99,6 @@ def _tap(history, x, tap: int, stride: int):
     if tap < 2:
         x = jnp.concatenate([history[:, tap : tap + frames], x[:, : max(frames - 2 + tap, 0)]], axis=1)
     return x[:, ::stride]
-
-
-def _thirds(*arrays):
-    """Each array's channels in three: three tuples."""
-    return zip(*(jnp.split(x, 3, axis=-1) for x in arrays), strict=True)
 
 
 def _conv2d(x, kernel, padding, bias=0, residual=0):

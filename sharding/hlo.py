@@ -156,15 +156,15 @@ class Program:
         Loops carry tuples, whose elements are told apart. What a loop depends on only by how often it runs is left
         out. `within` names a computation whose parameters are not followed to what is passed in.
         """
-        found, todo = set(), [(instruction, None)]
-        while todo:
-            value = todo.pop()
+        found, pending = set(), [(instruction, None)]
+        while pending:
+            value = pending.pop()
             if value in found:
                 continue
             found.add(value)
             at, element = value
             if at.opcode != "parameter" or at.computation != within:
-                todo += self._reads(at, element)
+                pending += self._reads(at, element)
         return {at for at, _ in found} - {instruction}
 
     def _reads(self, at: Instruction, element: int | None) -> list[tuple[Instruction, int | None]]:

@@ -26,18 +26,21 @@ class MetricsLog:
         new = path.with_name(f".{path.name}.new")
         new.write_text("".join(lines), encoding="utf-8")
         new.replace(path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by `close`
+        self._path, self._pending = path, []
 
     def write(self, step: int, elapsed_s: float, metrics: Mapping[str, float]) -> None:
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         record = {"step": step, "elapsed_s": round(elapsed_s, 3), **values}
-        self._file.write(json.dumps(record) + "\n")
+        self._pending.append(json.dumps(record) + "\n")
 
     def flush(self) -> None:
-        self._file.flush()
+        """Puts on disk what was written since the last time."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.writelines(self._pending)
+        self._pending.clear()
 
     def close(self) -> None:
-        self._file.close()
+        self.flush()
 
 
 def _step(line: str) -> float:

@@ -123,11 +123,14 @@ def kernels(program: Program) -> Iterator[Instruction]:
     for loop in program.computations[inside].values():
         if loop.opcode == "while":
             inside = re.search(r"body=%([\w.-]+)", loop.attributes)[1]
-    todo = list(program.computations[inside].values())[::-1]
-    while todo:
-        instruction = todo.pop()
+    yield from _launched(program, inside)
+
+
+def _launched(program: Program, computation: str) -> Iterator[Instruction]:
+    for instruction in program.computations[computation].values():
         if instruction.opcode == "call":  # a command buffer: what is in it
-            todo += [i for name in instruction.calls for i in program.computations[name].values()][::-1]
+            for name in instruction.calls:
+                yield from _launched(program, name)
         elif instruction.opcode not in _FREE:
             yield instruction
 

@@ -56,8 +56,11 @@ def _outcome(loss, mesh):
     elif loss == "causal":
         params, run = state["params"], lambda params, data: stage.loss(params, key, *data, batch)
     else:
-        params, function = state[loss]["params"], getattr(stage, f"{loss}_loss")
-        run = lambda params, data: function(params, state, key, *data, batch)  # noqa: E731
+        params = state[loss]["params"]
+
+        def run(params, data):
+            return getattr(stage, f"{loss}_loss")(params, state, key, *data, batch)
+
     (_, metrics), gradients = jax.jit(jax.value_and_grad(run, has_aux=True))(params, data)
     leaves = jax.tree.leaves_with_path(gradients)
     return jax.tree.map(float, metrics), {jax.tree_util.keystr(p): np.asarray(x) for p, x in leaves}

@@ -2,12 +2,12 @@
 batch."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from jax_causal.training import optim
 from tests import toy_stage
@@ -30,6 +30,11 @@ def test_schedules_in_closed_form():
     assert at_once(0).dtype == jnp.float32
 
 
+def _draw(rng, shapes):
+    """Standard normal arrays, float64, in the place of nested shapes."""
+    return jax.tree.map(rng.standard_normal, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
 @pytest.mark.parametrize("clip", [0.0, 0.5])
 def test_adamw_as_written_out(clip):
     config = toy_stage.config(
@@ -38,17 +43,14 @@ def test_adamw_as_written_out(clip):
     rng = np.random.default_rng(0)
     shapes = {"kernel": (3, 4), "bias": (4,)}
     stacked = {"blocks": {"kernel": (2, 3, 4), "bias": (2, 4)}, "list": {0: {"kernel": (2, 2)}}}
-    draw = lambda: jax.tree.map(  # noqa: E731
-        lambda s: rng.normal(size=s), shapes | stacked, is_leaf=lambda x: isinstance(x, tuple)
-    )
-    params, grads = draw(), [draw() for _ in range(4)]
-    fp32 = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)  # noqa: E731
+    params, *grads = (_draw(rng, shapes | stacked) for _ in range(5))
 
     optimizer = optim.optimizer(config)
-    found, state = fp32(params), optimizer.init(fp32(params))
+    found = optim.cast(params, jnp.float32)
+    state = optimizer.init(found)
     norms = []
     for step, grad in enumerate(grads):
-        found, state, metrics = optimizer.update(fp32(grad), state, found, jnp.int32(step))
+        found, state, metrics = optimizer.update(optim.cast(grad, jnp.float32), state, found, jnp.int32(step))
         norms.append(metrics["grad_norm"])
 
     # Matrices decay, vectors do not; a vector of each of two layers is stacked to rank 2 and is still a vector.
@@ -92,10 +94,7 @@ def test_muon_as_written_out():
         "blocks": {"kernel": (2, 8, 5), "embedding": (2, 4, 3)},
         "list": {0: {"kernel": (4, 9)}},
     }
-    draw = lambda: jax.tree.map(  # noqa: E731
-        lambda s: rng.normal(size=s).astype(np.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)
-    )
-    params, grads = draw(), [draw() for _ in range(3)]
+    params, *grads = (optim.cast(_draw(rng, shapes), jnp.float32) for _ in range(4))
     optimizer = optim.optimizer(config)
     adam = optim.optimizer(dataclasses.replace(config, optimizer="adamw"))
     found, state = params, optimizer.init(params)
@@ -113,9 +112,9 @@ def test_muon_as_written_out():
         return 0.95 * m / (1 - 0.95**4) + 0.05 * gradients[-1] / (1 - 0.95**3)
 
     def check(name, rows, layers):
-        leaf = lambda tree: functools.reduce(lambda t, key: t[key], name, tree)  # noqa: E731
-        m = momentum(*[np.float64(leaf(g)) for g in grads]).reshape(layers, rows, -1)
-        old, new = (np.float64(leaf(tree)).reshape(m.shape) for tree in (before, found))
+        *gradients, old, new = (np.float64(flatten_dict(tree)[name]) for tree in (*grads, before, found))
+        m = momentum(*gradients).reshape(layers, rows, -1)
+        old, new = old.reshape(m.shape), new.reshape(m.shape)
         move = -(new - old) / 0.1 - 0.3 * old
         u, _, v = np.linalg.svd(m, full_matrices=False)
         expected = 0.2 * np.sqrt(max(m.shape[1:])) * u @ v
