@@ -77,7 +77,7 @@ class CausalStage:
 
     def loss(self, params, key, clips: diffusion.Clips, encoder, batch: int):
         """Scalar loss and metrics of `batch` clips drawn with `key`; `encoder` holds the text encoder."""
-        params = optim.cast(params, self.config.dtype)
+        params = diffusion.computed(params, self.config)
         keys = jax.random.split(key, 5)
         x0, ids, _ = diffusion.draw(keys[0], clips, batch)
         ids, _ = diffusion.drop_prompts(

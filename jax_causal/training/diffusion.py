@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_causal import flow, modules, rope
+from jax_causal import flow, modules, rope, transformer
 from jax_causal.config import ModelConfig, TransformerConfig
 from jax_causal.parallel import Parallel
 from jax_causal.text import UMT5Encoder
@@ -83,6 +83,16 @@ def zero_velocity(params: dict) -> dict:
     """Parameters whose last projection and whose modulation by time start at zero, so that training starts calmly."""
     head = params["head"] | {"linear": jax.tree.map(jnp.zeros_like, params["head"]["linear"])}
     return params | {"head": head, "time_projection": jax.tree.map(jnp.zeros_like, params["time_projection"])}
+
+
+def computed(params: dict, config: TrainConfig) -> dict:
+    """Parameters of a transformer as an update computes with them: in the run's dtype, and unrolled without `remat`.
+
+    A scan over layers copies all that their gradients need into stacked arrays and back, which takes longer than the
+    layers themselves. With `remat` that is what enters each block and no more, and the program stays small.
+    """
+    params = optim.cast(params, config.dtype)
+    return params if config.remat else transformer.unroll(params)
 
 
 def encoded_clips(model: ModelConfig, vae, tokenizer, parallel, options, config: TrainConfig) -> Clips:

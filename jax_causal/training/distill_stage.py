@@ -206,7 +206,7 @@ class DistillStage:
 
     def generator_loss(self, params, state, key, ids, negative, frozen, batch: int):
         """DMD on the last pass of rollouts; the gradient stays inside that pass."""
-        params = optim.cast(params, self.config.dtype)
+        params = diffusion.computed(params, self.config)
         keys = jax.random.split(key, 3)
         context, inputs, clean, exit_step, frames = self.rollouts(
             jax.lax.stop_gradient(params), keys[0], ids, frozen, batch
@@ -215,23 +215,22 @@ class DistillStage:
         t, sigma = self.draw_times(keys[1], batch)
         noise = self.setting.noise(keys[2], batch, self.config.dtype)
         noisy = flow.add_noise(jax.lax.stop_gradient(x), noise, sigma)
-        real = self.score(frozen["teacher"], noisy, t, sigma, context)
+        teacher = diffusion.computed(frozen["teacher"], self.config)
+        real = self.score(teacher, noisy, t, sigma, context)
         if self.options.guidance != 1:
             without = diffusion.encode_prompts(self.model, frozen["text_encoder"], negative[None])
             without = jnp.broadcast_to(without, context.shape)
-            real = sampling.guide(
-                real, self.score(frozen["teacher"], noisy, t, sigma, without), self.options.guidance
-            )
-        critic = optim.cast(state["critic"]["params"], self.config.dtype)
+            real = sampling.guide(real, self.score(teacher, noisy, t, sigma, without), self.options.guidance)
+        critic = diffusion.computed(state["critic"]["params"], self.config)
         fake = self.score(critic, noisy, t, sigma, context)
         loss, size = dmd_loss(x, real, fake, self.setting.tokens)
         return loss, {"loss": loss, "direction": size}
 
     def critic_loss(self, params, state, key, ids, negative, frozen, batch: int):
         """Flow matching on what the generator makes."""
-        params = optim.cast(params, self.config.dtype)
+        params = diffusion.computed(params, self.config)
         keys = jax.random.split(key, 3)
-        generator = optim.cast(state["generator"]["params"], self.config.dtype)
+        generator = diffusion.computed(state["generator"]["params"], self.config)
         context, _, x, _, _ = jax.lax.stop_gradient(self.rollouts(generator, keys[0], ids, frozen, batch))
         t, sigma = self.draw_times(keys[1], batch)
         noise = self.setting.noise(keys[2], batch, x.dtype)

@@ -85,7 +85,8 @@ class TeacherStage:
 
         t, sigma = diffusion.draw_times(keys[2], (batch, 1), self.model.sampler.shift)
         noise = self.setting.noise(keys[3], batch, x0.dtype)
-        network = transformer.bind(self.model.transformer, params["transformer"], remat=self.config.remat)
+        network = diffusion.computed(params["transformer"], self.config)
+        network = transformer.bind(self.model.transformer, network, remat=self.config.remat)
         text = network.embed_text(context)
 
         def velocity(x, t):
