@@ -215,20 +215,19 @@ class DistillStage:
         t, sigma = self.draw_times(keys[1], batch)
         noise = self.setting.noise(keys[2], batch, self.config.dtype)
         noisy = flow.add_noise(jax.lax.stop_gradient(x), noise, sigma)
-        teacher = diffusion.computed(frozen["teacher"], self.config)
-        real = self.score(teacher, noisy, t, sigma, context)
+        real = self.score(frozen["teacher"], noisy, t, sigma, context)
         if self.options.guidance != 1:
             without = diffusion.encode_prompts(self.model, frozen["text_encoder"], negative[None])
             without = jnp.broadcast_to(without, context.shape)
-            real = sampling.guide(real, self.score(teacher, noisy, t, sigma, without), self.options.guidance)
-        critic = diffusion.computed(state["critic"]["params"], self.config)
-        fake = self.score(critic, noisy, t, sigma, context)
+            real = sampling.guide(
+                real, self.score(frozen["teacher"], noisy, t, sigma, without), self.options.guidance
+            )
+        fake = self.score(state["critic"]["params"], noisy, t, sigma, context)
         loss, size = dmd_loss(x, real, fake, self.setting.tokens)
         return loss, {"loss": loss, "direction": size}
 
     def critic_loss(self, params, state, key, ids, negative, frozen, batch: int):
         """Flow matching on what the generator makes."""
-        params = diffusion.computed(params, self.config)
         keys = jax.random.split(key, 3)
         generator = diffusion.computed(state["generator"]["params"], self.config)
         context, _, x, _, _ = jax.lax.stop_gradient(self.rollouts(generator, keys[0], ids, frozen, batch))
@@ -252,6 +251,7 @@ class DistillStage:
 
     def velocity(self, params, x, t, context):
         """A bidirectional pass."""
+        params = diffusion.computed(params, self.config)
         network = transformer.bind(self.model.transformer, params, remat=self.config.remat)
         text = network.embed_text(context)
         return network.forward(x, t, text, self.setting.frames, self.setting.grid, self.parallel)

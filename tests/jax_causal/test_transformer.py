@@ -140,6 +140,16 @@ def test_cached_forward_from_a_prefix(unrolled, split):
 
 
 @pytest.mark.golden
+def test_a_gradient_keeps_what_enters_the_activation():
+    x = jnp.linspace(-3, 3, 7)
+    y, pullback = jax.vjp(transformer.gelu, x)
+    assert [leaf.tolist() for leaf in jax.tree.leaves(pullback)] == [x.tolist()]
+    tanh = np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))
+    np.testing.assert_allclose(y, x / 2 * (1 + tanh), atol=1e-6)
+    slope = (1 + tanh) / 2 + x / 2 * (1 - tanh**2) * np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * x**2)
+    np.testing.assert_allclose(pullback(jnp.ones(7))[0], slope, atol=1e-6)
+
+
 def test_one_timestep_for_all_frames_equals_one_each():
     data, config, params, grid = _inputs("dit_block_causal")
     t = data["t"][:, :1]

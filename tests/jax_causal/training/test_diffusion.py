@@ -288,6 +288,36 @@ def test_guidance(monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("remat", [False, True], ids=["unrolled", "scanned"])
+def test_what_an_update_computes_with(remat):
+    """Layers are unrolled but where they are computed again, and the stored form is what gradients come back in."""
+    params = micro_world.components()["transformer"]
+    config = micro_world.config("causal", remat=remat, dtype="bfloat16")
+    computed = diffusion.computed(params, config)
+    assert transformer.is_unrolled(computed) != remat
+    assert {leaf.dtype for leaf in jax.tree.leaves(computed)} == {jnp.dtype("bfloat16")}
+    gradient = jax.grad(lambda p: sum(x.sum() for x in jax.tree.leaves(diffusion.computed(p, config))))(
+        params
+    )
+    assert jax.tree.all(jax.tree.map(lambda g, p: g.dtype == p.dtype and (g == 1).all(), gradient, params))
+
+
+def test_gradients_of_layers_computed_again():
+    """A scan over layers that keeps little, and unrolled layers that keep all: the same loss and gradient."""
+    outcomes = []
+    for remat in (False, True):
+        stage = micro_world.stage("causal", remat=remat)
+        params, data = stage.init(jax.random.key(0))["params"], stage.data()
+        loss = lambda params, data: stage.loss(params, jax.random.key(9), *data, 2)[0]  # noqa: B023, E731
+        outcomes.append(jax.jit(jax.value_and_grad(loss))(params, data))
+    (loss, gradient), (expected_loss, expected) = outcomes
+    assert float(loss) == pytest.approx(float(expected_loss), rel=1e-6)
+    norm = max(np.linalg.norm(leaf) for leaf in jax.tree.leaves(expected))
+    assert norm > 0
+    for leaf, right in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(leaf - right) <= 1e-5 * norm
+
+
 def test_one_exit_step_in_four():
     """Every step is left at equally often, all blocks and samples together."""
     stage = micro_world.stage("distill")
