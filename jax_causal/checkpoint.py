@@ -7,6 +7,7 @@ included, are written straight from where they lie, without a copy in memory.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -21,6 +22,9 @@ from orbax.checkpoint import v1 as ocp
 
 # Bytes being read at a time while restoring: host memory beyond what the parameters end up in.
 _READ_BYTES = 2 * 2**30
+
+# What a write fails with where there is no more room: on the disk, for this user, or in a file.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # The parts of a model folder, and public weights that each can be converted from.
 SOURCES = {
@@ -78,7 +82,10 @@ def save(path: str | os.PathLike, params: Mapping, *, overwrite: bool = False) -
             if path.exists():
                 path.rename(old)
             new.rename(path)
-    except ValueError as error:  # how orbax reports a failed write
+    except (ValueError, OSError) as error:
+        # Orbax reports a failed write of an array as ValueError, and lets that of a file of its own through.
+        if isinstance(error, OSError) and error.errno not in _FULL:
+            raise
         raise OSError(f"cannot write {path} ({_first_line(error)}): is its disk full?") from error
     finally:
         if is_first:
