@@ -156,6 +156,7 @@ def run(args: argparse.Namespace, parallel: Parallel, session=None) -> None:
         ]
     if writes:
         _announce(job, display)
+        _warn_of_unknown_words(job.config, prompts)
     if many:
         display.print(
             f"{len(prompts)} prompts, {len(prompts) - len(unfinished)} of them finished in {args.out}"
@@ -230,6 +231,19 @@ def _announce(job: Job, display: Display) -> None:
         warn(
             f"{context} latent frames are attended to and the model was trained on {window}: to stay within, "
             f"try --window {window} --sink {sink}"
+        )
+
+
+def _warn_of_unknown_words(config: ModelConfig, prompts: list[str]) -> None:
+    """Tells a model of the procedural world from one of the real world, whose tokenizer is another."""
+    if config.tokenizer is None or config.tokenizer.kind != "world":
+        return
+    from jax_causal.training import captions, world  # on demand: models of the real world do not need it
+
+    if unknown := captions.unknown_words(" ".join(prompts)):
+        warn(
+            f"{config.name} has never seen {', '.join(map(repr, unknown[:5]))}: it knows one or two shapes "
+            f"({', '.join(world.SHAPES)}) of plain colors that move on plain backgrounds"
         )
 
 

@@ -40,6 +40,8 @@ def bundle(source: Path, target: Path) -> tuple[int, int]:
         )
     for name, abstract in shapes.items():
         checkpoint.save(target / name, checkpoint.restore(source / name, abstract))
+        # Nothing reads what orbax says there: where on this machine the folder was written.
+        (target / name / "commit_success.txt").unlink(missing_ok=True)
     config = dataclasses.replace(config, name=target.name)
     (target / "config.json").write_text(config.to_json(), encoding="utf-8")
     return count, sum(file.stat().st_size for file in target.rglob("*") if file.is_file())

@@ -6,7 +6,9 @@ and size are sometimes left out. What is named is never ambiguous: every word be
 
 from __future__ import annotations
 
+import functools
 import random
+import re
 
 from jax_causal.training import world
 
@@ -98,3 +100,20 @@ def caption(attributes: world.Attributes, seed: int, *, complete: bool = False) 
     if rng.random() < 0.5:
         text = text[0].upper() + text[1:]
     return text + "." * (rng.random() < 0.4)
+
+
+def unknown_words(text: str) -> list[str]:
+    """The words of `text`, in lower case and in order, that no caption has."""
+    return [word for word in dict.fromkeys(_words(text)) if word not in _known()]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W\d_]+", text.lower())
+
+
+@functools.cache
+def _known() -> frozenset[str]:
+    words = {**SHAPE_WORDS, **SIZE_WORDS, **COLOR_WORDS, **BACKGROUND_WORDS}.values()
+    phrases = (*MOTION_PHRASES.values(), *PAIR_PHRASES.values(), BACKGROUND_PHRASES, world.BACKGROUNDS)
+    texts = (text for group in (*words, *phrases) for text in group)
+    return frozenset(_words(" ".join(["a an rolls", *texts])))

@@ -1,6 +1,6 @@
 """The small vocabulary of the procedural world: a sentencepiece model learned from its captions.
 
-Words of the captions become single tokens; anything else falls back to pieces and bytes, so that no prompt is
+Most words of the captions become single tokens; anything else falls back to pieces and bytes, so that no prompt is
 refused. Upper and lower case are one.
 """
 

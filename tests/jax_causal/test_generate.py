@@ -3,6 +3,7 @@
 Run in this process, on one small model folder, so that programs are compiled once.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from jax_causal import Pipeline, checkpoint, cli, environment, estimate, generate, modules
-from jax_causal.config import PRESETS
+from jax_causal.config import PRESETS, TokenizerConfig
 from jax_causal.pipeline import COMPONENTS
 from jax_causal.timings import Timings
 from jax_causal.video import VideoWriter, read_video
@@ -378,6 +379,15 @@ def test_random_weights_are_called_that(model, monkeypatch, capsys):
     assert run(*command, "a.mp4", "--preset", "small") == 0
     assert "small has random, untrained weights" in capsys.readouterr().err
     assert configs[0].tokenizer.kind == "bytes"
+
+
+def test_words_that_the_world_does_not_have_are_named(capsys):
+    config = dataclasses.replace(SMALL, tokenizer=TokenizerConfig(kind="world"))
+    generate._warn_of_unknown_words(config, ["a cat plays with a red ball", PROMPT])
+    assert "has never seen 'cat', 'plays': it knows" in capsys.readouterr().err
+    generate._warn_of_unknown_words(config, [PROMPT])
+    generate._warn_of_unknown_words(SMALL, ["a cat"])
+    assert capsys.readouterr().err == ""
 
 
 def test_too_little_memory_is_said_before_loading(model, monkeypatch, capsys):

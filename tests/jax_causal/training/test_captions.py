@@ -83,3 +83,13 @@ def test_captions_are_deterministic():
     attributes = world.Attributes("navy", "orbit", (world.Object("orange", "star", "large"),))
     assert captions.caption(attributes, 5) == captions.caption(attributes, 5)
     assert captions.caption(attributes, 5) != captions.caption(attributes, 6)
+
+
+def test_words_that_no_caption_has():
+    assert captions.unknown_words("A cat chases the red ball; a CAT plays.") == ["cat", "plays"]
+    for (motion, color), seed in zip(itertools.product(world.MOTIONS, world.COLORS), itertools.count()):
+        things = (world.Object(color, "circle", "small"), world.Object("red", "cross", "large"))
+        things = things if motion in world.PAIR_MOTIONS else things[:1]
+        for background in world.BACKGROUNDS:
+            text = captions.caption(world.Attributes(background, motion, things), seed)
+            assert captions.unknown_words(text) == [], text
