@@ -11,18 +11,14 @@ from jax_causal import checkpoint
 from jax_causal.config import PRESETS, ModelConfig
 
 
-def find_model(name_or_folder: str | Path) -> tuple[ModelConfig, Path | None]:
+def find_model(name_or_folder: str | Path) -> tuple[ModelConfig, Path]:
     """Configuration and folder of a bundled model or a model folder that can generate; reads no weights.
-
-    The folder is None for "tiny" as long as no weights are bundled.
 
     Raises what `Pipeline.from_pretrained` raises.
     """
     name, folder = str(name_or_folder), Path(name_or_folder)
     if not folder.is_dir() and name in PRESETS:
         folder = Path(__file__).parent / "weights" / name
-        if not folder.is_dir() and name == "tiny":
-            return PRESETS[name], None
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"{name} is a preset without bundled weights: convert a checkpoint with `jax-causal convert "

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -119,13 +118,6 @@ class Pipeline:
           ValueError: an undistilled model, a damaged checkpoint or a config that does not fit it.
         """
         config, folder = find_model(name_or_folder)
-        if folder is None:
-            warnings.warn(
-                "no trained weights are bundled yet: this model is random and shows noise, not your prompt",
-                stacklevel=2,
-            )
-            options = {"window": window, "sink": sink, "text_encoder": text_encoder}
-            return cls.random(config, dtype=dtype, parallel=parallel, **options)
         parallel = (parallel or SingleDevice()).for_model(config)
         params, tokenizer = restore(config, folder, jnp.dtype(dtype), parallel, text_encoder=text_encoder)
         return cls(config, params, tokenizer, parallel=parallel, window=window, sink=sink, folder=folder)
