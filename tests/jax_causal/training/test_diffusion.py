@@ -304,13 +304,16 @@ def test_what_an_update_computes_with(remat):
 
 def test_gradients_of_layers_computed_again():
     """A scan over layers that keeps little, and unrolled layers that keep all: the same loss and gradient."""
-    outcomes = []
-    for remat in (False, True):
+
+    def outcome(remat):
         stage = micro_world.stage("causal", remat=remat)
-        params, data = stage.init(jax.random.key(0))["params"], stage.data()
-        loss = lambda params, data: stage.loss(params, jax.random.key(9), *data, 2)[0]  # noqa: B023, E731
-        outcomes.append(jax.jit(jax.value_and_grad(loss))(params, data))
-    (loss, gradient), (expected_loss, expected) = outcomes
+
+        def loss(params, data):
+            return stage.loss(params, jax.random.key(9), *data, 2)[0]
+
+        return jax.jit(jax.value_and_grad(loss))(stage.init(jax.random.key(0))["params"], stage.data())
+
+    (loss, gradient), (expected_loss, expected) = outcome(False), outcome(True)
     assert float(loss) == pytest.approx(float(expected_loss), rel=1e-6)
     norm = max(np.linalg.norm(leaf) for leaf in jax.tree.leaves(expected))
     assert norm > 0

@@ -85,13 +85,12 @@ def test_left_at_an_earlier_step(exit_step, factors):
     predict = jax.jit(rollout.predict, static_argnums=0)
     times = flow.warp(SAMPLER.steps, SAMPLER.shift)
     for block, place in _places(FACTORS[factors]):
-        x = noise[:, block]
-        for step in range(exit_step + 1):
-            if step:
-                level = times[step] / 1000
-                x = (1 - level) * x0 + level * renoise[step - 1][:, block]  # noqa: F821 - of the step before
-            v, _, cache = predict(SPEC, _params(), cache, text, x, jnp.float32(times[step]), place)
-            x0 = x - times[step] / 1000 * v
+        x0 = 0
+        for time, eps in list(zip(times, [noise, *renoise], strict=True))[: exit_step + 1]:
+            level = time / 1000  # 1 at the first step: noise alone
+            x = (1 - level) * x0 + level * eps[:, block]
+            v, _, cache = predict(SPEC, _params(), cache, text, x, jnp.float32(time), place)
+            x0 = x - level * v
         np.testing.assert_allclose(inputs[:, block], x, atol=2e-5)
         np.testing.assert_allclose(clean[:, block], x0, atol=2e-5)
         _, _, cache = predict(SPEC, _params(), cache, text, x0, jnp.float32(0), place)

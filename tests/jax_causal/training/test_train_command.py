@@ -78,7 +78,10 @@ def test_several_devices(capsys):
 
 def test_devices_and_strategy():
     toy = ("--config", "toy.json")
-    mesh = lambda *argv: dataclasses.astuple(train_command.configuration(arguments(*toy, *argv)).mesh)  # noqa: E731
+
+    def mesh(*argv):
+        return dataclasses.astuple(train_command.configuration(arguments(*toy, *argv)).mesh)
+
     assert mesh() == (1, 1)
     assert mesh("--devices", "8") == (8, 1)
     assert mesh("--devices", "8", "--strategy", "ring") == (1, 8)

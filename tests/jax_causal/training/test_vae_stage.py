@@ -34,7 +34,10 @@ def test_error_is_mostly_of_what_is_near_objects():
     background = jnp.asarray([[[-1.0, 0.0, 1.0]]])
     video = jnp.broadcast_to(background[:, :, None, None], (1, 1, 40, 40, 3))
     video = video.at[:, :, 20:22, 20:22].set(0.5)
-    at = lambda y, x: balanced_error(video.at[:, :, y, x].add(0.3), video, background)  # noqa: E731
+
+    def at(y, x):
+        return balanced_error(video.at[:, :, y, x].add(0.3), video, background)
+
     near, far = 0.75 * 0.3 / 14**2, 0.25 * 0.3 / (40**2 - 14**2)
     np.testing.assert_allclose([at(20, 21), at(14, 14), at(27, 27)], near, rtol=1e-5)
     np.testing.assert_allclose([at(13, 20), at(28, 27), at(0, 0)], far, rtol=1e-5)

@@ -23,8 +23,8 @@ def fall(folder, name):
     lines = [json.loads(line) for line in (folder / "training/metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(value) for line in lines for value in line.values())
     tenth = max(1, len(lines) // 10)
-    mean = lambda part: np.mean([line[name] for line in part])  # noqa: E731
-    return mean(lines[:tenth]) / mean(lines[-tenth:])
+    values = [line[name] for line in lines]
+    return np.mean(values[:tenth]) / np.mean(values[-tenth:])
 
 
 @pytest.mark.timeout(900)
