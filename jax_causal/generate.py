@@ -235,7 +235,7 @@ def _announce(job: Job, display: Display) -> None:
 
 
 def _warn_of_unknown_words(config: ModelConfig, prompts: list[str]) -> None:
-    """Tells a model of the procedural world from one of the real world, whose tokenizer is another."""
+    """Of prompts for a model of the procedural world, which its tokenizer tells from one of the real world."""
     if config.tokenizer is None or config.tokenizer.kind != "world":
         return
     from jax_causal.training import captions, world  # on demand: models of the real world do not need it
