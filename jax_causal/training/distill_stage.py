@@ -4,10 +4,15 @@ The generator rolls whole clips out from noise exactly as at inference, cached k
 is made to look as probable to the teacher as to a critic that keeps learning what the generator makes. No video is
 needed, only prompts.
 
-An update is one of the generator and then `critic_steps` of the critic, each on prompts and rollouts of its own. The
-papers' code counts these apart: its 600 iterations are 120 of these updates. Prompts are encoded when they are drawn:
-the encoder of the 1.3B model takes 1.4 GB on each of eight devices and 1 % of an update's time, where embeddings made
-beforehand would take 4 MB a prompt.
+An update is `critic_steps` steps of the critic and then one of the generator, each on prompts and rollouts of its own.
+The papers' code counts these apart: its 600 iterations are 120 of these updates, and each begins with the generator.
+Prompts are encoded when they are drawn: the encoder of the 1.3B model takes 1.4 GB on each of eight devices and 1 % of
+an update's time, where embeddings made beforehand would take 4 MB a prompt.
+
+The generator is the same for all rollouts of an update, so they are made together: fewer and larger kernels, where
+those of a small model are too short to fill a GPU. With `remat` or `accumulate`, which say that memory is short, each
+step makes its own when it needs them. Both ways give the same rollouts: drawn from the step's own key, save the gap
+behind the first block, which is one for all rollouts of an update.
 
 Source: Self-Forcing, algorithm 1.
 """
@@ -19,6 +24,7 @@ import functools
 from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +56,7 @@ class Options:
       num_prompts, wordings: scenes whose captions are rolled out, and captions of each.
       negative_prompt: what guidance leads away from; empty for the prompt that says nothing.
       guidance: of the teacher, 1 meaning none.
-      critic_steps: critic updates for one of the generator.
+      critic_steps: steps of the critic for one of the generator.
       critic_learning_rate: the generator's is `learning_rate` of the configuration; schedules of both go alike.
       earliest, latest: timesteps between which the two scores are compared.
       longest_gap, gap_share: as of the stage `causal`.
@@ -68,6 +74,21 @@ class Options:
     latest: float = 980.0
     longest_gap: int = 0
     gap_share: float = 0.5
+
+
+class Rollouts(NamedTuple):
+    """Clips that the generator rolled out; see `self_forcing.roll_out`.
+
+    Attributes:
+      context: their prompts' embeddings [B, text, text dim].
+      inputs, clean: [B, F, S, 4C].
+      exit_step: int32 [].
+    """
+
+    context: jax.Array
+    inputs: jax.Array
+    clean: jax.Array
+    exit_step: jax.Array
 
 
 class DistillStage:
@@ -156,64 +177,79 @@ class DistillStage:
         return data.prompts(data.attribute_sets(scenes), self.tokenizer, self.options.wordings).ids
 
     def update(self, state, step, data):
-        """A generator update, then `critic_steps` critic updates, each on rollouts of its own."""
-        key = step_key(self.config.seed, step)
-        state, metrics = self._step("generator", state, jax.random.fold_in(key, 0), step, data)
-
-        def critic_step(state, turn):
-            key_ = jax.random.fold_in(key, 1 + turn)
-            return self._step("critic", state, key_, step * self.options.critic_steps + turn, data)
-
-        state, critic = jax.lax.scan(critic_step, state, jnp.arange(self.options.critic_steps))
-        return state, metrics | {f"critic_{name}": value.mean() for name, value in critic.items()}
-
-    def _step(self, part: str, state, key, step, data):
-        """One optimizer step of one of the two networks."""
-        loss, config, optimizer = {
-            "generator": (self.generator_loss, self.config, self.optimizer),
-            "critic": (self.critic_loss, self.critic_config, self.critic_optimizer),
-        }[part]
-        grads, metrics = optim.accumulate(
-            lambda params, key: loss(params, state, key, *data, config.batch_size // config.accumulate),
-            state[part]["params"],
-            key,
-            config.accumulate,
+        """`critic_steps` steps of the critic, then one of the generator, each on rollouts of its own."""
+        ids, negative, frozen = data
+        config, turns = self.config, self.options.critic_steps
+        frames_key, key = jax.random.split(step_key(config.seed, step))
+        keys = jax.random.split(key, (turns + 1, 2 * config.accumulate))
+        frames = self.frames(frames_key)
+        roll_out = functools.partial(
+            self.rollouts,
+            state["generator"]["params"],
+            frames=frames,
+            ids=ids,
+            frozen=frozen,
+            batch=config.batch_size // config.accumulate,
         )
-        new, metrics = optim.step(optimizer, config, state[part], grads, step, metrics)
-        return state | {part: new}, metrics
+        together = roll_out(keys[:, 0]) if config.accumulate == 1 and not config.remat else None
+
+        def made(together, key):
+            """The rollouts of a step: those that it has already, or else of `key`."""
+            return jax.tree.map(lambda x: x[0], roll_out(key[None])) if together is None else together
+
+        def critic_step(critic, inputs):
+            turn, keys, together = inputs
+
+            def loss(params, roll_key, key):
+                return self.critic_loss(params, key, made(together, roll_key))
+
+            return _step(self.critic_optimizer, self.critic_config, critic, keys, step * turns + turn, loss)
+
+        def generator_loss(params, roll_key, key):
+            rollouts = made(jax.tree.map(lambda x: x[-1], together), roll_key)
+            return self.generator_loss(params, critic["params"], key, rollouts, frames, negative, frozen)
+
+        steps = (jnp.arange(turns), keys[:-1], jax.tree.map(lambda x: x[:-1], together))
+        critic, critic_metrics = jax.lax.scan(critic_step, state["critic"], steps)
+        generator, metrics = _step(self.optimizer, config, state["generator"], keys[-1], step, generator_loss)
+        metrics |= {f"critic_{name}": value.mean() for name, value in critic_metrics.items()}
+        return {"generator": generator, "critic": critic}, metrics
+
+    def rollouts(self, params, keys, frames, ids, frozen, batch: int) -> Rollouts:
+        """Rollouts of random prompts with `params`, `batch` for each of `keys` [G]: leaves [G, ...].
+
+        Each of G is drawn from its key alone and has an exit step of its own.
+        """
+        params = diffusion.computed(params, self.config)
+        which, noise, exits = jax.lax.map(lambda key: self._draw(key, ids.shape[:2], batch), keys)
+        # G is the minor part of the batch: a mesh that shares the batch shares each of G.
+        which, noise = (jnp.moveaxis(x, 0, 2) for x in (which, noise))
+        which, noise = (x.reshape(len(x), -1, *x.shape[3:]) for x in (which, noise))
+        context = diffusion.encode_prompts(self.model, frozen["text_encoder"], ids[tuple(which)])
+        text = transformer.bind(self.model.transformer, params).embed_text(context)
+        exit_step = exits[0] if len(keys) == 1 else jnp.tile(exits, batch)
+        inputs, clean = roll_out(self.spec, params, text, noise[0], noise[1:], exit_step, frames)
+        apart = (jnp.moveaxis(x.reshape(batch, -1, *x.shape[1:]), 1, 0) for x in (context, inputs, clean))
+        return Rollouts(*apart, exits)
+
+    def _draw(self, key, prompts: tuple[int, int], batch: int):
+        """Indices of prompts and wordings [2, B], noise of all steps [steps, B, F, S, 4C], and the exit step."""
+        keys = jax.random.split(key, 3)
+        which = jax.random.randint(keys[0], (2, batch), 0, np.array([prompts]).T)
+        draws = jax.random.split(keys[1], len(self.spec.sampler.steps))
+        noise = jnp.stack([self.setting.noise(key, batch, self.config.dtype) for key in draws])
+        return which, noise, self.draw_exit(keys[2])
 
     # The two losses.
 
-    def rollouts(self, params, key, ids, frozen, batch: int):
-        """Rollouts of random prompts with `params` and what belongs to them: see `self_forcing.roll_out`."""
-        keys = jax.random.split(key, 5)
-        which = jax.random.randint(keys[0], (2, batch), 0, np.array([ids.shape[:2]]).T)
-        context = diffusion.encode_prompts(self.model, frozen["text_encoder"], ids[which[0], which[1]])
-        network = transformer.bind(self.model.transformer, params)
-        draws = jax.random.split(keys[1], len(self.spec.sampler.steps))
-        noise = jnp.stack([self.setting.noise(key, batch, self.config.dtype) for key in draws])
-        exit_step = self.draw_exit(keys[2])
-        frames = gapped_frames(
-            keys[3],
-            self.blocks,
-            self.model.transformer.head_dim,
-            self.options.longest_gap,
-            self.options.gap_share,
-        )
-        text = jax.lax.stop_gradient(network.embed_text(context))
-        inputs, clean = roll_out(self.spec, params, text, noise[0], noise[1:], exit_step, frames)
-        return context, inputs, clean, exit_step, frames
-
-    def generator_loss(self, params, state, key, ids, negative, frozen, batch: int):
+    def generator_loss(self, params, critic, key, rollouts: Rollouts, frames, negative, frozen):
         """DMD on the last pass of rollouts; the gradient stays inside that pass."""
         params = diffusion.computed(params, self.config)
-        keys = jax.random.split(key, 3)
-        context, inputs, clean, exit_step, frames = self.rollouts(
-            jax.lax.stop_gradient(params), keys[0], ids, frozen, batch
-        )
+        context, inputs, clean, exit_step = rollouts
         x = last_pass(self.spec, params, context, inputs, clean, exit_step, frames, remat=self.config.remat)
-        t, sigma = self.draw_times(keys[1], batch)
-        noise = self.setting.noise(keys[2], batch, self.config.dtype)
+        keys = jax.random.split(key)
+        t, sigma = self.draw_times(keys[0], len(x))
+        noise = self.setting.noise(keys[1], len(x), self.config.dtype)
         noisy = flow.add_noise(jax.lax.stop_gradient(x), noise, sigma)
         real = self.score(frozen["teacher"], noisy, t, sigma, context)
         if self.options.guidance != 1:
@@ -222,24 +258,37 @@ class DistillStage:
             real = sampling.guide(
                 real, self.score(frozen["teacher"], noisy, t, sigma, without), self.options.guidance
             )
-        fake = self.score(state["critic"]["params"], noisy, t, sigma, context)
+        fake = self.score(critic, noisy, t, sigma, context)
         loss, size = dmd_loss(x, real, fake, self.setting.tokens)
         return loss, {"loss": loss, "direction": size}
 
-    def critic_loss(self, params, state, key, ids, negative, frozen, batch: int):
+    def critic_loss(self, params, key, rollouts: Rollouts):
         """Flow matching on what the generator makes."""
-        keys = jax.random.split(key, 3)
-        generator = diffusion.computed(state["generator"]["params"], self.config)
-        context, _, x, _, _ = jax.lax.stop_gradient(self.rollouts(generator, keys[0], ids, frozen, batch))
-        t, sigma = self.draw_times(keys[1], batch)
-        noise = self.setting.noise(keys[2], batch, x.dtype)
+        x, keys = rollouts.clean, jax.random.split(key)
+        t, sigma = self.draw_times(keys[0], len(x))
+        noise = self.setting.noise(keys[1], len(x), x.dtype)
         loss = diffusion.flow_matching_loss(
-            lambda x, t: self.velocity(params, x, t, context), x, noise, t, sigma, self.setting.tokens
+            lambda x, t: self.velocity(params, x, t, rollouts.context),
+            x,
+            noise,
+            t,
+            sigma,
+            self.setting.tokens,
         )
         return loss, {"loss": loss}
 
+    def frames(self, key):
+        """Rotary factors [2, F, pairs] of the clips' frames, those behind the first block moved by a random gap."""
+        return gapped_frames(
+            key,
+            self.blocks,
+            self.model.transformer.head_dim,
+            self.options.longest_gap,
+            self.options.gap_share,
+        )
+
     def draw_exit(self, key):
-        """Index, int32 [], of the denoising step at which all blocks of all rollouts are left."""
+        """Index, int32 [], of the denoising step at which all blocks of a step's rollouts are left."""
         return jax.random.randint(key, (), 0, len(self.spec.sampler.steps))
 
     def draw_times(self, key, batch: int):
@@ -272,6 +321,17 @@ class DistillStage:
 
     def trained_model(self, state) -> ModelConfig:
         return dataclasses.replace(self.model, kind="causal-distilled")
+
+
+def _step(optimizer, config: TrainConfig, state, keys, step, loss):
+    """One optimizer step of one of the two networks: new state, and metrics.
+
+    `keys` are two for each microbatch; `loss` is (params, one, other) -> (scalar, metrics).
+    """
+    grads, metrics = optim.accumulate(
+        lambda params, keys: loss(params, *keys), state["params"], keys, config.accumulate
+    )
+    return optim.step(optimizer, config, state, grads, step, metrics)
 
 
 def _teacher(folder: str, model: ModelConfig, parallel: Parallel) -> Mapping:

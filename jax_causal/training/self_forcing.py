@@ -23,11 +23,14 @@ from jax_causal.transformer import TextKV
 def roll_out(spec: RolloutSpec, params, text: TextKV, noise, renoise, exit_step, frames):
     """Rolls clips out block by block, each block leaving at the denoising step `exit_step`. Not differentiable.
 
+    One step for all clips ends the loop over steps there, and the host of a GPU waits at every turn to hear whether it
+    has. Where each clip has a step of its own all turns are taken, without a wait, and a clip that has left stays.
+
     Args:
       text: from `embed_text`.
       noise: [B, F, S, 4C] of whole clips; F is blocks of `frames_per_block`.
       renoise: [steps - 1, B, F, S, 4C].
-      exit_step: int32 [], the index of the last denoising pass.
+      exit_step: int32 [] or [B], the index of the last denoising pass, of all clips or of each.
       frames: rotary factors [2, F, pairs] of the clip's frames.
 
     Returns:
@@ -44,6 +47,8 @@ def roll_out(spec: RolloutSpec, params, text: TextKV, noise, renoise, exit_step,
     times = jnp.asarray(flow.warp(spec.sampler.steps, spec.sampler.shift))
     sigmas = flow.sigma_at(times, spec.sampler.shift)
     split = _into_blocks(size)
+    turns = len(times) if exit_step.ndim else exit_step + 1
+    last = exit_step.reshape(-1, 1, 1, 1)
     cache = rollout.init_cache(spec, noise.shape[0], noise.dtype, stacked=not transformer.is_unrolled(params))
 
     def block(cache, inputs):
@@ -51,13 +56,13 @@ def roll_out(spec: RolloutSpec, params, text: TextKV, noise, renoise, exit_step,
         place = Placement(slots, held, frames)
 
         def denoise(j, carry):
-            _, x0, cache = carry
+            x, x0, cache = carry
             again = flow.add_noise(x0, renoise[jnp.maximum(j - 1, 0)], sigmas[j])
-            x = jnp.where(j == 0, noise, again)
-            _, x0, cache = rollout.predict(spec, params, cache, text, x, times[j], place)
-            return x, x0, cache
+            x = jnp.where(j > last, x, jnp.where(j == 0, noise, again))
+            _, new, cache = rollout.predict(spec, params, cache, text, x, times[j], place)
+            return x, jnp.where(j > last, x0, new), cache
 
-        x, x0, cache = jax.lax.fori_loop(0, exit_step + 1, denoise, (noise, jnp.zeros_like(noise), cache))
+        x, x0, cache = jax.lax.fori_loop(0, turns, denoise, (noise, jnp.zeros_like(noise), cache))
         t = jnp.float32(spec.sampler.context_noise)
         _, _, cache = rollout.predict(spec, params, cache, text, x0, t, place)
         return cache, (x, x0)

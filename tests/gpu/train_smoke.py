@@ -3,7 +3,7 @@
     PYTHONPATH=. python tests/gpu/train_smoke.py                        # a GPU with 141 GB
     PYTHONPATH=. python tests/gpu/train_smoke.py --config tiny-distill  # anywhere, to try the script
 
-The update is that of `jax-causal train`: a generator step and five critic steps, each on rollouts of its own. Prints
+The update is that of `jax-causal train`: five critic steps and a generator step, each on rollouts of its own. Prints
 one line per check and exits with 1 if any fails. Run by hand; pytest does not collect it.
 """
 

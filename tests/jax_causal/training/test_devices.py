@@ -58,8 +58,18 @@ def _outcome(loss, mesh):
     else:
         params = state[loss]["params"]
 
+        # Of the generator rollouts made alone, of the critic some made with others.
+        keys = key[None] if loss == "generator" else jax.random.split(key, 2)
+
         def run(params, data):
-            return getattr(stage, f"{loss}_loss")(params, state, key, *data, batch)
+            ids, negative, frozen = data
+            frames = stage.frames(key)
+            rolled_out = stage.rollouts(state["generator"]["params"], keys, frames, ids, frozen, batch)
+            rolled_out = jax.tree.map(lambda x: x[-1], rolled_out)
+            if loss == "critic":
+                return stage.critic_loss(params, key, rolled_out)
+            critic = state["critic"]["params"]
+            return stage.generator_loss(params, critic, key, rolled_out, frames, negative, frozen)
 
     (_, metrics), gradients = jax.jit(jax.value_and_grad(run, has_aux=True))(params, data)
     leaves = jax.tree.leaves_with_path(gradients)
@@ -107,11 +117,12 @@ def test_samples_while_training(mesh):
 
 
 @pytest.mark.slow
-def test_a_whole_update():
-    """Generator and critic with accumulation, compiled with the shardings of the trainer: weights move alike."""
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_whole_update(accumulate):
+    """Generator and critic, compiled with the shardings of the trainer: weights move alike."""
     new = []
     for parallel in (None, SequenceParallel(8, "ring", data=2, shard_params=True)):
-        stage = micro_world.stage("distill", parallel, accumulate=2)
+        stage = micro_world.stage("distill", parallel, accumulate=accumulate)
         state, data = stage.init(jax.random.key(0)), stage.data()
         state = jax.device_put(state, stage.parallel.shardings(state))
         state, metrics = jax.jit(stage.update)(state, jnp.int32(3), data)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import re
 
 import jax
@@ -14,6 +15,7 @@ from jax_causal.text import UMT5Encoder
 from jax_causal.training import captions, data, diffusion, distill_stage, optim, world
 from jax_causal.training.causal_stage import gapped_frames
 from sharding import SequenceParallel
+from sharding.hlo import Program
 from tests import micro_world
 
 # Noise levels.
@@ -262,7 +264,15 @@ def test_guidance(monkeypatch):
     calls, original = [], stage.score
     monkeypatch.setattr(stage, "score", score)
     monkeypatch.setattr(distill_stage, "dmd_loss", capture)
-    stage.generator_loss(state["generator"]["params"], state, jax.random.key(3), ids, negative, frozen, 2)
+    params, critic, keys = (
+        state["generator"]["params"],
+        state["critic"]["params"],
+        jax.random.split(jax.random.key(3)),
+    )
+    frames = stage.frames(keys[0])
+    rollouts = stage.rollouts(params, keys[:1], frames, ids, frozen, 2)
+    rollouts = jax.tree.map(lambda x: x[0], rollouts)
+    stage.generator_loss(params, critic, keys[1], rollouts, frames, negative, frozen)
     (_, context, cond, *noisy), (_, nothing, uncond, *_), (_, fake_context, fake, *_) = calls
     assert [call[0] for call in calls] == ["teacher", "teacher", "critic"]
     np.testing.assert_allclose(seen["real"], cond + 3 * (cond - uncond), atol=1e-4)
@@ -283,7 +293,7 @@ def test_guidance(monkeypatch):
     calls.clear()
     plain = micro_world.stage("distill", options={"guidance": 1.0})
     monkeypatch.setattr(plain, "score", score)
-    plain.generator_loss(state["generator"]["params"], state, jax.random.key(3), ids, negative, frozen, 2)
+    plain.generator_loss(params, critic, keys[1], rollouts, frames, negative, frozen)
     np.testing.assert_array_equal(seen["real"], calls[0][2])
     assert len(calls) == 2
 
@@ -327,6 +337,66 @@ def test_one_exit_step_in_four():
     keys = jax.random.split(jax.random.key(0), 4000)
     steps = jax.jit(jax.vmap(stage.draw_exit))(keys)
     np.testing.assert_allclose(np.bincount(steps) / 4000, 0.25, atol=0.03)
+
+
+@functools.cache
+def _spelled_out(step):
+    """An update of distillation, step by step, each on rollouts of its own, made when they are needed: the critic's,
+    then the generator's. Returns {"generator", "critic"}, losses by name, and the exit steps."""
+    stage = micro_world.stage("distill", remat=True)
+    state, (ids, negative, frozen) = stage.init(jax.random.key(1)), stage.data()
+    generator, critic = state["generator"], state["critic"]
+    frames_key, key = jax.random.split(jax.random.fold_in(jax.random.key(stage.config.seed), step))
+    *critic_keys, generator_keys = jax.random.split(key, (3, 2))
+    frames = stage.frames(frames_key)
+
+    @jax.jit
+    def rollouts(key):
+        made = stage.rollouts(generator["params"], key[None], frames, ids, frozen, 8)
+        return jax.tree.map(lambda x: x[0], made)
+
+    critic_gradient = jax.jit(jax.grad(stage.critic_loss, has_aux=True))
+    generator_gradient = jax.jit(jax.grad(stage.generator_loss, has_aux=True))
+    losses, exits = [], []
+    for turn, (roll_key, key) in enumerate(critic_keys):
+        made = rollouts(roll_key)
+        exits.append(int(made.exit_step))
+        grads, metrics = critic_gradient(critic["params"], key, made)
+        losses.append(metrics["loss"])
+        rate_at = jnp.int32(2 * step + turn)
+        critic, _ = optim.step(stage.critic_optimizer, stage.critic_config, critic, grads, rate_at, {})
+    roll_key, key = generator_keys
+    made = rollouts(roll_key)
+    exits.append(int(made.exit_step))
+    grads, metrics = generator_gradient(
+        generator["params"], critic["params"], key, made, frames, negative, frozen
+    )
+    generator, _ = optim.step(stage.optimizer, stage.config, generator, grads, jnp.int32(step), {})
+    losses = {"loss": metrics["loss"], "critic_loss": np.mean(losses)}
+    return {"generator": generator, "critic": critic}, losses, exits
+
+
+@pytest.mark.parametrize("remat", [False, True], ids=["together", "one by one"])
+def test_an_update_of_distillation(remat):
+    """As spelled out, whether rollouts are made together or not. Together, no loop's length is unknown to the host of
+    a GPU, which would wait at every turn to hear whether it has ended."""
+    step = 3
+    expected, losses, exits = _spelled_out(step)
+    assert len(set(exits)) > 1
+    stage = micro_world.stage("distill", remat=remat)
+    state, data = stage.init(jax.random.key(1)), stage.data()
+    update = jax.jit(stage.update).lower(state, jnp.int32(step), data).compile()
+    loops = [op for op, _ in Program(update.as_text()).walk() if op.opcode == "while"]
+    assert any(loop.trips is None for loop in loops) == remat
+    new, metrics = update(state, jnp.int32(step), data)
+    for name, loss in losses.items():
+        assert float(metrics[name]) == pytest.approx(float(loss), rel=1e-5)
+    for name in ("generator", "critic"):
+        for part in ("mu", "nu"):
+            pairs = [jax.tree.leaves(x[name]["optimizer"][part]) for x in (new, expected)]
+            largest = max(np.linalg.norm(leaf) for leaf in pairs[1])
+            for leaf, right in zip(*pairs, strict=True):
+                assert np.linalg.norm(leaf - right) <= 1e-4 * max(np.linalg.norm(right), 1e-2 * largest)
 
 
 def test_the_average_begins_late():

@@ -62,7 +62,7 @@ def test_the_command(capsys, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_distillation_at_1_3b_fits():
-    """Compiled for eight devices. Measured 75.2 GB on each, 19 GB of them what only CPUs keep."""
+    """Compiled for eight devices. Measured 61.1 GB on each, 19 GB of them what only CPUs keep."""
     config = configs.load("wan-1.3b-distill")
     model = preset("wan-1.3b")
     parallel = SequenceParallel(8, data=config.mesh.data, shard_params=config.shard_params).for_model(model)

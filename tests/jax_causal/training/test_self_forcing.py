@@ -52,7 +52,7 @@ def _rolled_out(exit_step, factors, dtype=jnp.float32):
     params, *noise = jax.tree.map(lambda x: x.astype(dtype), (_params(), *_noise()))
     text = rollout.embed_text(SPEC, params, _context().astype(dtype))
     run = jax.jit(self_forcing.roll_out, static_argnums=0)
-    return run(SPEC, params, text, *noise, jnp.int32(exit_step), FACTORS[factors])
+    return run(SPEC, params, text, *noise, jnp.asarray(exit_step, jnp.int32), FACTORS[factors])
 
 
 def _places(factors):
@@ -94,6 +94,16 @@ def test_left_at_an_earlier_step(exit_step, factors):
         np.testing.assert_allclose(inputs[:, block], x, atol=2e-5)
         np.testing.assert_allclose(clean[:, block], x0, atol=2e-5)
         _, _, cache = predict(SPEC, _params(), cache, text, x0, jnp.float32(0), place)
+
+
+@pytest.mark.parametrize("factors", FACTORS)
+def test_clips_that_leave_at_steps_of_their_own(factors):
+    """Each is as if all had left where it does, wherever the others do."""
+    for exits in ((0, 3), (2, 1)):
+        rolled_out = _rolled_out(exits, factors)
+        for clip, exit_step in enumerate(exits):
+            for ours, alone in zip(rolled_out, _rolled_out(exit_step, factors), strict=True):
+                np.testing.assert_allclose(ours[clip], alone[clip], atol=2e-5)
 
 
 def test_in_bfloat16():
