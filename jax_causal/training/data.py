@@ -45,9 +45,9 @@ LABELS = {
 }
 
 
-def scenes(key, count: int, *, split: str = "train") -> world.Scene:
-    """`count` scenes, arrays [count, ...]."""
-    return jax.vmap(lambda k: world.sample(k, split=split))(jax.random.split(key, count))
+def scenes(key, count: int, *, split: str = "train", often: tuple[str, ...] = ()) -> world.Scene:
+    """`count` scenes, arrays [count, ...]; see `world.sample`."""
+    return jax.vmap(lambda k: world.sample(k, split=split, often=often))(jax.random.split(key, count))
 
 
 def clips(

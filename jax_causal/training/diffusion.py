@@ -28,12 +28,14 @@ class ClipOptions:
       wordings: captions of each.
       encode_batch: clips encoded at a time.
       drop_prompt: share of prompts left out.
+      often: motions and shapes that clips show more often than others; see `world.sample`.
     """
 
     num_clips: int = 20_480
     wordings: int = 4
     encode_batch: int = 8
     drop_prompt: float = 0.1
+    often: tuple[str, ...] = ()
 
 
 class Clips(NamedTuple):
@@ -97,7 +99,8 @@ def computed(params: dict, config: TrainConfig) -> dict:
 
 def encoded_clips(model: ModelConfig, vae, tokenizer, parallel, options, config: TrainConfig) -> Clips:
     """Scenes of the split "train", encoded and captioned; a function of the configuration alone."""
-    scenes = jax.jit(lambda key: data.scenes(key, options.num_clips))(jax.random.key(config.seed + 2))
+    draw_scenes = jax.jit(lambda key: data.scenes(key, options.num_clips, often=options.often))
+    scenes = draw_scenes(jax.random.key(config.seed + 2))
     latents = data.encode_scenes(
         model.vae,
         jax.jit(lambda params: optim.cast(params, config.dtype))(vae),

@@ -54,6 +54,7 @@ class Options:
       prompts: text file with a prompt on each line, tokenized as the model folder `init_from` does; without one,
         prompts are captions of the procedural world.
       num_prompts, wordings: scenes whose captions are rolled out, and captions of each.
+      often: motions and shapes of these that are drawn more often than others; see `world.sample`.
       negative_prompt: what guidance leads away from; empty for the prompt that says nothing.
       guidance: of the teacher, 1 meaning none.
       critic_steps: steps of the critic for one of the generator.
@@ -66,6 +67,7 @@ class Options:
     prompts: str = ""
     num_prompts: int = 20_480
     wordings: int = 4
+    often: tuple[str, ...] = ()
     negative_prompt: str = ""
     guidance: float = 3.0
     critic_steps: int = 5
@@ -172,7 +174,7 @@ class DistillStage:
         if self.options.prompts:
             ids, _ = self.tokenizer(_read_prompts(self.options.prompts))
             return ids[:, None]
-        sample = jax.jit(lambda key: data.scenes(key, self.options.num_prompts))
+        sample = jax.jit(lambda key: data.scenes(key, self.options.num_prompts, often=self.options.often))
         scenes = sample(jax.random.key(self.config.seed + 3))
         return data.prompts(data.attribute_sets(scenes), self.tokenizer, self.options.wordings).ids
 

@@ -111,12 +111,16 @@ def held_out(attributes: Attributes) -> bool:
 
 
 @functools.cache
-def _table(split: str, objects: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Allowed (motion, color, shape, color, shape) as int32 [N, 5] and probabilities [N], even over motions."""
+def _table(split: str, objects: int | None, often: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Allowed (motion, color, shape, color, shape) as int32 [N, 5] and probabilities [N]; arguments as in `sample`."""
     if split not in ("train", "held_out", "all"):
         raise ValueError(f"split {split!r} is unknown; choose 'train', 'held_out' or 'all'")
     if objects not in (1, 2, None):
         raise ValueError(f"objects is {objects!r}; choose 1, 2 or None for both")
+    if unknown := sorted(set(often) - {*MOTIONS, *SHAPES}):
+        raise ValueError(
+            f"often has {unknown}, which are no motions and no shapes; name some of {MOTIONS + SHAPES}"
+        )
     colors = tuple(COLORS)
     pairs = [(c, s) for c in range(len(COLORS)) for s in range(len(SHAPES))]
     hidden_pair = {p: (colors[p[0]], SHAPES[p[1]]) in HELD_OUT_COLOR_SHAPE for p in pairs}
@@ -137,21 +141,26 @@ def _table(split: str, objects: int | None) -> tuple[np.ndarray, np.ndarray]:
                 if split == "all" or unseen == (split == "held_out"):
                     found.append((m, *first, *second))
         rows += found
-        weights += [1 / len(found)] * len(found)
-    weights = np.asarray(weights, np.float32)
+        shares = np.asarray([1 + often.count(SHAPES[row[2]]) for row in found], np.float32)
+        weights += [(1 + often.count(motion)) * shares / shares.sum()]
+    weights = np.concatenate(weights)
     return np.asarray(rows, np.int32), weights / weights.sum()
 
 
-def sample(key, *, split: str = "train", objects: int | None = None) -> Scene:
+def sample(key, *, split: str = "train", objects: int | None = None, often: tuple[str, ...] = ()) -> Scene:
     """Draws a scene; jit- and vmap-able over `key`.
 
     Args:
       key: PRNG key.
       split: "train" never gives held-out combinations, "held_out" gives only those, "all" gives any.
-      objects: 1, 2, or None for both; motions are equally likely in any case.
+      objects: 1, 2, or None for both. Motions are equally likely in any case, and so are the allowed combinations of
+        shapes and colors for each, save for `often`.
+      often: motions, and shapes of the first object, that weigh twice as much; thrice if named twice, and so on.
+
+    Raises ValueError for an unknown split, motion or shape.
     """
     keys = jax.random.split(key, 11)
-    rows, weights = _table(split, objects)
+    rows, weights = _table(split, objects, often)
     motion, c0, s0, c1, s1 = jax.random.choice(keys[0], jnp.asarray(rows), p=jnp.asarray(weights))
     pair = motion >= len(SINGLE_MOTIONS)
     # Two large objects do not fit side by side.

@@ -11,10 +11,10 @@ import pytest
 from jax_causal.training import world
 
 
-@functools.partial(jax.jit, static_argnames=("count", "split", "objects"))
-def scenes(count, split="all", objects=None, seed=0):
+@functools.partial(jax.jit, static_argnames=("count", "split", "objects", "often"))
+def scenes(count, split="all", objects=None, seed=0, often=()):
     keys = jax.random.split(jax.random.key(seed), count)
-    return jax.vmap(lambda k: world.sample(k, split=split, objects=objects))(keys)
+    return jax.vmap(lambda k: world.sample(k, split=split, objects=objects, often=often))(keys)
 
 
 def unstack(batch):
@@ -155,7 +155,18 @@ def test_pairs_do_not_touch_unless_they_collide():
             assert nearest > reach
 
 
+def test_what_is_asked_for_is_drawn_more_often():
+    batch = scenes(4000, "train", often=("spin", "spin", "star"))
+    spins = np.asarray(batch.motion) == world.MOTIONS.index("spin")
+    assert spins.mean() == pytest.approx(3 / (len(world.MOTIONS) + 2), abs=0.02)
+    # Four shapes can be seen to spin, each in the seven colors that the split has of it; stars count twice.
+    stars = np.asarray(batch.shape)[spins, 0] == world.SHAPES.index("star")
+    assert stars.mean() == pytest.approx(14 / (14 + 3 * 7), abs=0.06)
+
+
 def test_bad_arguments():
+    with pytest.raises(ValueError, match=r"often has \['jump'\]"):
+        world.sample(jax.random.key(0), often=("spin", "jump"))
     with pytest.raises(ValueError, match="choose 'train'"):
         world.sample(jax.random.key(0), split="test")
     with pytest.raises(ValueError, match="choose 1, 2"):
