@@ -48,7 +48,10 @@ def run(args: argparse.Namespace, parallel: Parallel) -> None:
 
 
 def score(args: argparse.Namespace, parallel: Parallel) -> None:
-    """Makes and scores clips of every variant on every set; writes tables, JSON and a contact sheet."""
+    """Makes and scores clips of every variant on every set; writes tables, JSON and a contact sheet.
+
+    A JSON file is written anew after each, so that a run that is ended leaves what it has found.
+    """
     job = Job.create(args, parallel, "any prompt")
     on_cpu = jax.default_backend() == "cpu"
     limit = args.limit or (32 if on_cpu else 128)
@@ -56,7 +59,7 @@ def score(args: argparse.Namespace, parallel: Parallel) -> None:
     batch = args.batch or (4 if on_cpu else 32)
     sets = _sets(args.sets or (["held-out"] if on_cpu else list(SETS)))
     names = _variant_names(args, job)
-    write_json = json_writer(args.json)
+    write_json = json_writer(args.json, replace=True)
     if args.sheet:
         if args.sheet.suffix != ".png":
             raise ValueError(f"--sheet {args.sheet} must end in .png")
@@ -68,6 +71,23 @@ def score(args: argparse.Namespace, parallel: Parallel) -> None:
     clips = limit * seeds * len(sets) * len(names)
     workers = min(os.cpu_count() or 1, 32) if clips >= _MANY else 1
     began, outcomes = time.perf_counter(), []
+    facts = job.facts() | {
+        "weights": "random" if job.folder is None else str(job.folder),
+        "variants": names,
+        "sets": list(sets),
+        "prompts": limit,
+        "seeds": seeds,
+        "frames": job.inputs["num_frames"],
+        "teacher": None if args.teacher is None else str(args.teacher),
+        "teacher_steps": args.steps,
+        "teacher_guidance": args.guidance,
+    }
+    facts.pop("seed")  # prompts have their own
+
+    def record(complete: bool) -> dict:
+        end = {"complete": complete, "total_s": round(time.perf_counter() - began, 3)}
+        return facts | end | evaluation_report.record(outcomes)
+
     with evaluation.scoring(workers) as executor:
         for name in names:
             variant = load(name, args, job)
@@ -79,21 +99,10 @@ def score(args: argparse.Namespace, parallel: Parallel) -> None:
                         keep=keep, progress=_progress(f"{name} on {set_name}"),
                     )
                 )  # fmt: skip
-    facts = job.facts() | {
-        "weights": "random" if job.folder is None else str(job.folder),
-        "variants": names,
-        "sets": list(sets),
-        "prompts": limit,
-        "seeds": seeds,
-        "frames": job.inputs["num_frames"],
-        "teacher": None if args.teacher is None else str(args.teacher),
-        "teacher_steps": args.steps,
-        "teacher_guidance": args.guidance,
-        "total_s": round(time.perf_counter() - began, 3),
-    }
-    facts.pop("seed")  # prompts have their own
-    found = evaluation_report.record(outcomes)
-    write_json(facts | found)
+                if args.json != "-":
+                    write_json(record(complete=False))
+    found = record(complete=True)
+    write_json(found)
     if args.sheet:
         evaluation_report.save_sheet(args.sheet, outcomes[0])
         note(f"wrote {args.sheet}")

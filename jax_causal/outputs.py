@@ -110,11 +110,12 @@ def _differences(old: dict, new: dict) -> list[str]:
     return found
 
 
-def json_writer(target: str | None) -> Callable[[dict], None]:
+def json_writer(target: str | None, *, replace: bool = False) -> Callable[[dict], None]:
     """A function that writes records as JSON, one to a line.
 
     Args:
       target: a file, which the first record replaces; "-" for standard output; None for nowhere.
+      replace: whether in a file every record replaces the one before.
 
     Raises:
       OSError: there is no such folder, or it cannot be written to.
@@ -129,6 +130,8 @@ def json_writer(target: str | None) -> Callable[[dict], None]:
         raise IsADirectoryError(f"{path} is a folder: name a file for --json")
 
     def write(record):
+        if replace:
+            lines.clear()
         lines.append(json.dumps(record) + "\n")
         path.write_text("".join(lines), encoding="utf-8")
 

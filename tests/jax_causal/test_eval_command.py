@@ -78,6 +78,7 @@ def test_a_right_model(model, pipes, capsys):
     assert (
         record.items() >= {"model": "stub", "prompts": LIMIT, "seeds": 1, "frames": 81, "devices": 1}.items()
     )
+    assert record["complete"] is True
     assert len(record["clips"]) == 2 * LIMIT
     assert all(clip["all"] is True for clip in record["clips"])
     assert {row["kind"] for row in record["differences"]} == {"variant"}
@@ -90,6 +91,20 @@ def test_a_right_model(model, pipes, capsys):
     assert "100.0 61-100" in out
     assert "truth - model" in out
     assert "+0.0 -24 to +24" in out  # 1.96 / 8, of two disagreements of opposite sides more in 8
+
+
+def test_a_run_that_ends_early_leaves_what_it_found(model, monkeypatch):
+    def load(job):
+        if job.limits["window"]:
+            raise OSError("no power")
+        return Stub(2, ("held-out",), 0)
+
+    monkeypatch.setattr(Job, "load", load)
+    assert run("--model", model, "--limit", 2, "--json", "s.json", "--variants", "model,windowed") != 0
+    record = json.loads(Path("s.json").read_text())
+    assert record["complete"] is False
+    assert _values(record, "model")["all"] == 1.0
+    assert _values(record, "windowed") == {}
 
 
 def test_a_model_that_does_not_listen(model, pipes):
