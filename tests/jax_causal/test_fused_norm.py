@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from jax_causal import fused_norm, rope
+from jax_causal import attention, fused_norm, rope
 from jax_causal.fused_norm import Rows
+from jax_causal.parallel import SingleDevice
 
 EPS = 1e-6
 
@@ -230,3 +231,16 @@ def test_kernels_lower_for_a_gpu():
 def test_suits(sizes, able):
     assert fused_norm.suits(*sizes, jnp.bfloat16) == able
     assert not fused_norm.suits(*sizes, jnp.float32)
+
+
+def test_chosen_where_attention_is_by_the_hopper_kernel(monkeypatch):
+    sizes = (1560, 12, 128)
+    assert not SingleDevice().fuses(*sizes, jnp.bfloat16)
+    monkeypatch.setattr(attention, "_device", lambda: ("gpu", (9, 0)))
+    assert SingleDevice().fuses(*sizes, jnp.bfloat16)
+    assert not SingleDevice().fuses(*sizes, jnp.float32)
+    assert not SingleDevice().fuses(1558, 12, 128, jnp.bfloat16)
+    assert not SingleDevice(parts=2).fuses(*sizes, jnp.bfloat16)
+    assert not SingleDevice(backend="cudnn").fuses(*sizes, jnp.bfloat16)
+    monkeypatch.setattr(attention, "_device", lambda: ("gpu", (10, 0)))
+    assert not SingleDevice().fuses(*sizes, jnp.bfloat16)
