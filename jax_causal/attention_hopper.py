@@ -4,17 +4,15 @@ A block of threads holds 128 queries of one head: two warpgroups of 64 that mult
 values to shared memory ahead of them. A warpgroup starts the product of the next scores before it has used the last
 ones, so that softmax runs beside the tensor cores (FlashAttention-3, arXiv:2407.08608, section 3.2).
 
-One block fills a processor. 4680 queries of 12 heads are 444 blocks, 3.4 rounds of the 132 processors of a card, and
-in the last round half of these would be idle. So the last queries of every head are walked by several blocks each, a
-run of the keys for each, and what these find is merged by fp32 statistics, from fp32 outputs (`Plan`).
+Two such blocks on neighbouring processors, a cluster, walk over the same keys for 128 queries each: a block copies one
+half of every step's keys and values, to both, and so half as much passes from the L2 cache. Which block does what is
+said by `attention_plan`; what several find for the same queries is merged by fp32 statistics, from fp32 outputs.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,48 +20,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jax_causal.attention_plan import CLUSTER, TILE, Plan
+
 ROWS = 64  # queries of one warpgroup
-WORKERS = 2  # warpgroups that multiply
-TILE = ROWS * WORKERS
+WORKERS = TILE // ROWS  # warpgroups that multiply
 BLOCK_K = 128  # keys of one step
 STAGES = 2  # steps that keys and values are copied ahead
-# Measured on an H200, in keys that a block could walk over meanwhile (11.7 ns each): what a block costs beside its
-# keys, what a merge costs, and what it costs for each run.
-BLOCK_COST, MERGE_COST, RUN_COST = 700, 450, 150
 
 
 def supported() -> bool:
     """Whether this version of jax has what the kernel is written with."""
     return hasattr(plgpu, "wgmma_accumulator_load")
-
-
-class Plan(NamedTuple):
-    """How the tiles of 128 queries are dealt to blocks: in every head the last `shared` of `tiles` are walked by
-    `runs` blocks each, the others by one."""
-
-    tiles: int
-    shared: int
-    runs: int
-
-    @classmethod
-    def cheapest(cls, queries: int, heads: int, keys: int, processors: int) -> Plan:
-        """The plan with the shortest rounds for `queries` of `heads` (all samples' together) over `keys`."""
-        tiles = -(-queries // TILE)
-
-        def cost(plan):
-            whole = -(-heads * (tiles - plan.shared) // processors) * (keys + BLOCK_COST)
-            if not plan.shared:
-                return whole
-            rounds = -(-heads * plan.shared * plan.runs // processors)
-            return whole + rounds * (keys / plan.runs + BLOCK_COST) + MERGE_COST + plan.runs * RUN_COST
-
-        shares = (cls(tiles, *how) for how in itertools.product(range(1, tiles + 1), range(2, 9)))
-        return min([cls(tiles, 0, 1), *shares], key=cost)
-
-    @property
-    def whole(self) -> int:
-        """Tiles of a head that one block walks."""
-        return self.tiles - self.shared
 
 
 def attend(q, k, v, length, *, no_keys: float, merge, processors: int) -> tuple[jax.Array, jax.Array]:
@@ -81,7 +48,8 @@ def attend(q, k, v, length, *, no_keys: float, merge, processors: int) -> tuple[
     length = jnp.full((1,), K if length is None else length, jnp.int32)
     out, lse, *shared = forward(q, k, v, length, plan=plan, no_keys=no_keys)
     if plan.shared:
-        outs, lses = merge(list(shared[0]), list(shared[1][..., : shared[0].shape[2]]))
+        rows = q.shape[1] - plan.whole * TILE
+        outs, lses = merge(list(shared[0][:, :, :rows]), list(shared[1][..., :rows]))
         outs = outs.astype(out.dtype)
         if plan.whole:
             # In place. Without the barrier XLA (of jax 0.11.2) may draw the update into the kernel, and find a circle.
@@ -97,13 +65,15 @@ def attend(q, k, v, length, *, no_keys: float, merge, processors: int) -> tuple[
 @functools.partial(jax.jit, static_argnames=("plan", "no_keys"))
 def forward(q, k, v, length, *, plan: Plan, no_keys: float):
     """The kernel: out [B, T, N, D], undefined where tiles are shared, and lse [B, N, whole * 128] of whole tiles (both
-    smaller and undefined where there are none); of shared ones each run's fp32 out [runs, B, rows, N, D] and lse
-    [runs, B, N, shared * 128]. T and K are multiples of 8."""
+    smaller and undefined where there are none); of shared ones each run's fp32 out [runs, B, shared * 128, N, D] and
+    lse [runs, B, N, shared * 128]. T and K are multiples of 8."""
     B, T, N, D = q.shape
     out_type = [
         jax.ShapeDtypeStruct((B, T if plan.whole else 8, N, D), q.dtype),
         jax.ShapeDtypeStruct((B, N, max(plan.whole, 1) * TILE), jnp.float32),
     ]
+    # Memory is free when both blocks have used theirs, for both write to both.
+    free = plgpu.ClusterBarrier(collective_axes=("side",), num_arrivals=WORKERS, num_barriers=STAGES)
     scratch = {
         "q_smem": _swizzled((WORKERS, ROWS, D), q.dtype),
         "k_smem": _swizzled((STAGES, BLOCK_K, D), q.dtype),
@@ -112,21 +82,22 @@ def forward(q, k, v, length, *, plan: Plan, no_keys: float):
         "q_ready": plgpu.Barrier(num_barriers=WORKERS),
         "k_ready": plgpu.Barrier(num_barriers=STAGES),
         "v_ready": plgpu.Barrier(num_barriers=STAGES),
-        "k_free": plgpu.Barrier(num_arrivals=WORKERS, num_barriers=STAGES),
-        "v_free": plgpu.Barrier(num_arrivals=WORKERS, num_barriers=STAGES),
+        "k_free": free,
+        "v_free": free,
     }
     if plan.shared:
         out_type += [
-            jax.ShapeDtypeStruct((plan.runs, B, T - plan.whole * TILE, N, D), jnp.float32),
+            jax.ShapeDtypeStruct((plan.runs, B, plan.shared * TILE, N, D), jnp.float32),
             jax.ShapeDtypeStruct((plan.runs, B, N, plan.shared * TILE), jnp.float32),
         ]
-        scratch["out_smem"] = _swizzled((WORKERS, ROWS, D), jnp.float32)
     return plgpu.kernel(
         functools.partial(_kernel, plan=plan, no_keys=no_keys),
         out_type=out_type,
         scratch_types=scratch,
-        grid=(B * N * (plan.whole + plan.shared * plan.runs),),
-        grid_names=("block",),
+        grid=(sum(plan.clusters(B * N)),),
+        grid_names=("cluster",),
+        cluster=(CLUSTER,),
+        cluster_names=("side",),
         num_threads=WORKERS + 1,
         thread_name="warpgroup",
         # Rows are reduced within a warp, which needs no scratch.
@@ -136,10 +107,23 @@ def forward(q, k, v, length, *, plan: Plan, no_keys: float):
 
 
 def _swizzled(shape, dtype):
-    width = 128 // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(
-        shape, dtype, transforms=(plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(128))
-    )
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
+def load(source, smem, ready, free, step, together):
+    """Copies the keys or values of a step, once there is room: `together` each block of a cluster copies a half, to
+    both."""
+    slot = lax.rem(step, STAGES)
+    smem, ready, free = (x.at[slot] for x in (smem, ready, free))
+    pl.when(step >= STAGES)(lambda: plgpu.barrier_wait(free))
+
+    @pl.when(together)
+    def _half():
+        plgpu.copy_gmem_to_smem(source, smem, ready, collective_axes="side")
+
+    @pl.when(jnp.logical_not(together))
+    def _all():
+        plgpu.copy_gmem_to_smem(source, smem, ready)
 
 
 def _kernel(q_ref, k_ref, v_ref, length_ref, out_ref, lse_ref, *shared_refs, plan, no_keys, **scratch):
@@ -148,21 +132,12 @@ def _kernel(q_ref, k_ref, v_ref, length_ref, out_ref, lse_ref, *shared_refs, pla
         scratch[name] for name in ("q_ready", "k_ready", "v_ready", "k_free", "v_free")
     )
     B, _, N, D = q_ref.shape
-    block, me = lax.axis_index("block"), lax.axis_index("warpgroup")
-
-    # Whole tiles first. Neighbours share their keys, so that these are read from the L2 cache.
-    num_whole = B * N * plan.whole
-    is_shared = block >= num_whole
-    index = jnp.where(is_shared, block - num_whole, block)
-    per_head = jnp.where(is_shared, max(plan.shared, 1), max(plan.whole, 1))
-    tile, rest = lax.rem(index, per_head), lax.div(index, per_head)
-    head, rest = lax.rem(rest, N), lax.div(rest, N)
-    batch, run = lax.rem(rest, B), lax.div(rest, B)
-    runs = jnp.where(is_shared, plan.runs, 1)
+    me = lax.axis_index("warpgroup")
+    place = plan.place(lax.axis_index("cluster"), lax.axis_index("side"), B * N)
+    batch, head = lax.div(place.head, N), lax.rem(place.head, N)
 
     length = length_ref[0]
-    key_tiles = lax.div(length + (BLOCK_K - 1), BLOCK_K)
-    start, stop = lax.div(run * key_tiles, runs), lax.div((run + 1) * key_tiles, runs)
+    start, stop = plan.span(place, lax.div(length + (BLOCK_K - 1), BLOCK_K))
     count = jnp.maximum(stop - start, 1)  # a run without keys walks over one tile of which nothing is valid
     last = start + count - 1  # only this one can be partly valid: it comes first
     limit = jnp.minimum(length, stop * BLOCK_K)
@@ -173,104 +148,123 @@ def _kernel(q_ref, k_ref, v_ref, length_ref, out_ref, lse_ref, *shared_refs, pla
 
         @pl.loop(0, count)
         def _(step):
-            slot = lax.rem(step, STAGES)
             keys = (batch, pl.ds((last - step) * BLOCK_K, BLOCK_K), head)
-            for ref, smem, ready, free in (
-                (k_ref, k_smem, k_ready, k_free),
-                (v_ref, v_smem, v_ready, v_free),
-            ):
-                pl.when(step >= STAGES)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-                plgpu.copy_gmem_to_smem(ref.at[keys], smem.at[slot], ready.at[slot])
+            load(k_ref.at[keys], k_smem, k_ready, k_free, step, place.together)
+            load(v_ref.at[keys], v_smem, v_ready, v_free, step, place.together)
+
+        # Before the other block has said for the last time that it has used something, this one must not end.
+        @pl.loop(jnp.maximum(count - STAGES, 0), count)
+        def _(step):
+            for free in (k_free, v_free):
+                plgpu.barrier_wait(free.at[lax.rem(step, STAGES)])
 
     @pl.when(me < WORKERS)
     def _multiply():
         plgpu.set_max_registers(232, action="increase")
         queries = q_smem.at[me]
-        mine = pl.ds(tile * TILE + me * ROWS, ROWS)  # in whole or shared rows
-        first_row = (tile + jnp.where(is_shared, plan.whole, 0)) * TILE + me * ROWS
+        mine = pl.ds(place.tile * TILE + me * ROWS, ROWS)  # in whole or shared rows
+        first_row = (place.tile + jnp.where(place.shared, plan.whole, 0)) * TILE + me * ROWS
         plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(first_row, ROWS), head], queries, q_ready.at[me])
         plgpu.barrier_wait(q_ready.at[me])
         attended = functools.partial(
-            _attend,
+            attend_tile,
             queries,
-            k_smem,
-            v_smem,
-            k_ready,
-            v_ready,
-            k_free,
-            v_free,
+            (k_smem, k_ready, k_free),
+            (v_smem, v_ready, v_free),
             count,
             limit - last * BLOCK_K,
             no_keys,
         )
-        out, peak, total = pl.run_scoped(attended, plgpu.ACC((ROWS, D), jnp.float32))
-        total = jnp.maximum(total, 1e-30)  # it is 1 or more, or 0 without keys
-        out = out / _over(total, out.shape)
-        any_keys = (limit > last * BLOCK_K).astype(jnp.float32)
-        lse = peak * math.log(2) + jnp.log(total)
-        lse_smem[me] = lse * any_keys + no_keys * (1 - any_keys)
+        out, lse_smem[me] = pl.run_scoped(attended, plgpu.ACC((ROWS, D), jnp.float32))
 
-        def hand_over(smem, out_ref, lse_ref):
-            smem[...] = out.astype(smem.dtype)
+        @pl.when(jnp.logical_not(place.shared))
+        def _whole():
+            queries[...] = out.astype(queries.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(smem, out_ref.at[batch, mine, head])
+            plgpu.copy_smem_to_gmem(queries, out_ref.at[batch, mine, head])
             plgpu.copy_smem_to_gmem(lse_smem.at[me], lse_ref.at[batch, head, mine])
             plgpu.wait_smem_to_gmem(0)
 
-        if plan.whole:
-            pl.when(jnp.logical_not(is_shared))(lambda: hand_over(queries, out_ref, lse_ref))
         if plan.shared:
-            run_refs = (ref.at[run] for ref in shared_refs)
-            pl.when(is_shared)(lambda: hand_over(scratch["out_smem"].at[me], *run_refs))
+
+            @pl.when(place.shared)
+            def _shared():
+                shared_out, shared_lse = shared_refs
+                shared_out[place.run, batch, mine, head] = out
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(lse_smem.at[me], shared_lse.at[place.run, batch, head, mine])
+                plgpu.wait_smem_to_gmem(0)
 
 
-def _attend(q, k_smem, v_smem, k_ready, v_ready, k_free, v_free, count, valid, no_keys, out_acc):
-    """One warpgroup over `count` tiles of keys, `valid` of the first one: unscaled out [ROWS, D], maximum and sum."""
+def attend_tile(q, keys, values, count, valid, no_keys, out_acc):
+    """One warpgroup over `count` steps of keys, `valid` ones of the first step.
+
+    Args:
+      q: queries [ROWS, D] in shared memory.
+      keys, values: of both the shared memory [STAGES, BLOCK_K, D] and the barriers of what is ready and free.
+      out_acc: accumulator [ROWS, D].
+
+    Returns:
+      out [ROWS, D] and its log-sum-exp [ROWS], float32.
+    """
+    (k_smem, k_ready, k_free), (v_smem, v_ready, v_free) = keys, values
     scale = math.log2(math.e) / math.sqrt(q.shape[1])  # scores in base 2: exp2 is the native instruction
     scores_type = plgpu.ACC((ROWS, BLOCK_K), jnp.float32)
+
+    def slot(i):
+        return lax.rem(jnp.asarray(i, jnp.int32), STAGES)
 
     def softmax(s, peak, total):
         new_peak = jnp.maximum(peak, jnp.max(s, axis=1) * scale)
         shrink = jnp.exp2(peak - new_peak)
         weights = jnp.exp2(s * scale - _over(new_peak, s.shape))
-        return weights.astype(q.dtype), new_peak, total * shrink + jnp.sum(weights, axis=1), shrink
+        return weights, new_peak, total * shrink + jnp.sum(weights, axis=1), shrink
 
     def first(s_acc):
-        plgpu.wgmma(s_acc, q, k_smem.at[0].transpose((1, 0)))
+        plgpu.wgmma(s_acc, q, k_smem.at[slot(0)].transpose((1, 0)))
         return s_acc[...]
 
-    plgpu.barrier_wait(k_ready.at[0])
+    plgpu.barrier_wait(k_ready.at[slot(0)])
     s = pl.run_scoped(first, scores_type)
-    plgpu.barrier_arrive(k_free.at[0])
+    plgpu.barrier_arrive(k_free.at[slot(0)])
     column = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA)
     s = jnp.where(column < valid, s, no_keys)
     # Below any score, and so far above `no_keys` that what is masked weighs nothing, even where all of it is.
     weights, peak, total, _ = softmax(s, _full(-1e30), _full(0))
+    plgpu.barrier_wait(v_ready.at[slot(0)])
 
     def step(i, carry):
         weights, peak, total = carry
-        slot, before = lax.rem(i, STAGES), lax.rem(i - 1, STAGES)
+        this, last = slot(i), slot(i - 1)
 
         def scores(s_acc):
-            plgpu.barrier_wait(k_ready.at[slot])
-            plgpu.wgmma(s_acc, q, k_smem.at[slot].transpose((1, 0)))
-            plgpu.barrier_wait(v_ready.at[before])
-            plgpu.wgmma(out_acc, weights, v_smem.at[before])
+            plgpu.wgmma(s_acc, q, k_smem.at[this].transpose((1, 0)))
+            plgpu.wgmma(out_acc, weights, v_smem.at[last])
             return plgpu.wgmma_accumulator_load(s_acc, wait_n=1)  # the scores; the second product goes on
 
+        # Waits are before the scores are begun, or these are set to zero before the waits, which takes instructions.
+        plgpu.barrier_wait(k_ready.at[this])
         s = pl.run_scoped(scores, scores_type)
-        plgpu.barrier_arrive(k_free.at[slot])
-        weights, peak, total, shrink = softmax(s, peak, total)
+        plgpu.barrier_arrive(k_free.at[this])
+        # Softmax runs beside the second product only if the assembler cannot have the wait for that first: a loop that
+        # waits keeps them apart. And 16-bit weights made before it would be registers of a product under way, which
+        # the assembler forbids by waiting after every instruction of products.
+        weights, peak, total, shrink = lax.optimization_barrier(softmax(s, peak, total))
+        plgpu.barrier_wait(v_ready.at[this])
         out = out_acc[...]
-        plgpu.barrier_arrive(v_free.at[before])
+        plgpu.barrier_arrive(v_free.at[last])
         out_acc[...] = out * _over(shrink, out.shape)
-        return weights, peak, total
+        return weights.astype(q.dtype), peak, total
 
-    weights, peak, total = lax.fori_loop(1, count, step, (weights, peak, total))
-    slot = lax.rem(count - 1, STAGES)
-    plgpu.barrier_wait(v_ready.at[slot])
-    plgpu.wgmma(out_acc, weights, v_smem.at[slot])
-    return out_acc[...], peak, total
+    weights, peak, total = lax.fori_loop(1, count, step, (weights.astype(q.dtype), peak, total))
+    last = slot(count - 1)
+    plgpu.wgmma(out_acc, weights, v_smem.at[last])
+    out = out_acc[...]
+    plgpu.barrier_arrive(v_free.at[last])
+    total = jnp.maximum(total, 1e-30)  # it is 1 or more, or 0 without keys
+    any_keys = (valid > 0).astype(jnp.float32)
+    lse = peak * math.log(2) + jnp.log(total)
+    return out / _over(total, out.shape), lse * any_keys + no_keys * (1 - any_keys)
 
 
 def _full(value):

@@ -13,7 +13,7 @@ import jax
 from einops import rearrange
 
 from jax_causal import rope
-from jax_causal.attention import attention
+from jax_causal.attention import attention, choose_backend
 from jax_causal.cache import CacheLayout, KVCache, Placement
 from jax_causal.config import ModelConfig
 
@@ -65,6 +65,23 @@ class Parallel(Protocol):
 
     def attend_cached(self, q, k, v, table, cache: KVCache, layer, placement: Placement, layout: CacheLayout):
         """Rotates q and k, writes k and v to the cache, attends to all it holds: (out [B, F, S, N, D], cache)."""
+
+    def fuses(self, tokens: int, heads: int, head_dim: int, dtype) -> bool:
+        """Whether unrolled layers run by the kernels of `fused_norm`, and `attend_product`, where they attend to a
+        cache; `tokens` is S."""
+
+    def attend_product(
+        self,
+        qkv,
+        scales,
+        factors,
+        cache: KVCache,
+        layer,
+        placement: Placement,
+        layout: CacheLayout,
+        eps: float,
+    ):
+        """Norms of queries and keys, and `attend_cached`, from what `fused_norm.rotate_into_cache` takes."""
 
     def attend(self, q, k, v, table, tokens: int, frame_mask=None):
         """Rotates q and k, then attends; `frame_mask` bool [F, F] says which frames see which (None: all).
@@ -126,10 +143,29 @@ class SingleDevice:
     def attend_cached(self, q, k, v, table, cache, layer, placement, layout):
         q, k = rope.rotate(q, table), rope.rotate(k, table)
         cache = cache.write(layout, layer, placement.slots, k, v)
+        return self._attend_to(cache, layer, q, placement, layout), cache
+
+    def fuses(self, tokens, heads, head_dim, dtype):
+        q = jax.ShapeDtypeStruct((1, tokens, heads, head_dim), dtype)
+        if self.parts > 1 or choose_backend(self.backend, q) != "hopper":
+            return False
+        from jax_causal import fused_norm  # on demand: importing Pallas takes its time
+
+        return fused_norm.suits(tokens, heads, head_dim, dtype)
+
+    def attend_product(self, qkv, scales, factors, cache, layer, placement, layout, eps):
+        from jax_causal import fused_norm
+
+        q, *held = fused_norm.rotate_into_cache(
+            qkv, scales, factors, *cache.read(layer), placement.slots, eps=eps
+        )
+        cache = cache.replace_layer(layer, *held)
+        return self._attend_to(cache, layer, q, placement, layout), cache
+
+    def _attend_to(self, cache, layer, q, placement, layout):
         keys, values = cache.read(layer)
         length = layout.part_length(placement.held)
-        out = attention(_tokens(q), keys, values, length=length, backend=self.backend)
-        return out.reshape(q.shape), cache
+        return attention(_tokens(q), keys, values, length=length, backend=self.backend).reshape(q.shape)
 
     def attend(self, q, k, v, table, tokens, frame_mask=None):
         q, k = rope.rotate(q, table), rope.rotate(k, table)

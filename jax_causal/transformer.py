@@ -171,6 +171,29 @@ class Block(nnx.Module):
             x = parallel.constrain(x + gate2 * self.ffn(y), ACTIVATION)
         return x, carry
 
+    def fused(self, x, pending, time, text_k, text_v, attend, parallel: Parallel):
+        """`__call__` by the kernels of `fused_norm`, with the last sum left to the next block.
+
+        `pending` is the block before's, None for the first; `attend` is (projections, y) -> (out, carry).
+
+        Returns:
+          x, what is pending, and the carry.
+        """
+        from jax_causal import fused_norm
+
+        norm = functools.partial(fused_norm.add_norm, time=time, eps=self.eps)
+        own, affine = self.modulation[...], (self.norm3.scale[...], self.norm3.bias[...])
+        with jax.named_scope("self_attention"):
+            x, y = norm(x, *(pending or (None, None)), own, rows=fused_norm.Rows(scale=1, shift=0))
+            out, carry = attend(self.self_attn, y)
+            out = self.self_attn.output(out)
+        with jax.named_scope("cross_attention"):
+            x, y = norm(x, out, (own, 2), affine, rows=None)
+            x = x + self.cross_attn.output(parallel.attend_text(self.cross_attn.query(y), text_k, text_v))
+        with jax.named_scope("mlp"):
+            x, y = norm(x, None, None, own, rows=fused_norm.Rows(scale=4, shift=3))
+            return x, (self.ffn(y), (own, 5)), carry
+
 
 class Head(nnx.Module):
     """Final modulated norm and projection to patch tokens."""
@@ -267,7 +290,23 @@ class CausalDiT(nnx.Module):
         Returns:
           Velocity [B, F, S, 4C] and the cache with this block's keys and values.
         """
-        table = parallel.rope(placement.frames, *grid, self.config.head_dim)
+        config = self.config
+        table = parallel.rope(placement.frames, *grid, config.head_dim)
+        sizes = x.shape[2], config.num_heads, config.head_dim, self.patch_embedding.kernel.dtype
+        if isinstance(self.blocks, nnx.List) and not self.remat and parallel.fuses(*sizes):
+            from jax_causal import fused_norm
+
+            factors = fused_norm.factors(table)
+
+            def attend_product(projections, y, layer, cache):
+                qkv = projections.qkv(y).reshape(*y.shape[:-1], 3, config.num_heads, -1)
+                scales = projections.norm_q.scale[...], projections.norm_k.scale[...]
+                return parallel.attend_product(
+                    qkv, scales, factors, cache, layer, placement, layout, config.eps
+                )
+
+            x, e, cache = self._run_fused(x, t, text, attend_product, cache, parallel)
+            return self.head(x, e), cache
 
         def attend(q, k, v, layer, cache):
             return parallel.attend_cached(q, k, v, table, cache, layer, placement, layout)
@@ -337,11 +376,26 @@ class CausalDiT(nnx.Module):
         x, e, _ = self._run(x, t, text, attend, None, parallel)
         return x, e
 
+    def _embed(self, x, t, parallel):
+        """x [B, F, S, E], and the timesteps' e [B, F, E] and e0 [B, F, 6, E]."""
+        e, e0 = (_per_frame(y, x.shape[1]) for y in self.embed_time(t))
+        return parallel.constrain(self.patch_embedding(x), ACTIVATION), e, e0
+
+    def _run_fused(self, x, t, text, attend, carry, parallel):
+        """`_run` by `Block.fused`."""
+        x, e, e0 = self._embed(x, t, parallel)
+        pending = None
+        for layer, block in enumerate(self.blocks):
+            attend_here = functools.partial(attend, layer=layer, cache=carry)
+            x, pending, carry = block.fused(
+                x, pending, e0, text.k[layer], text.v[layer], attend_here, parallel
+            )
+        out, (param, row) = pending
+        return x + (param[row] + e0[:, :, row])[:, :, None] * out, e, carry
+
     def _run(self, x, t, text, attend, carry, parallel):
         """Embeddings and all blocks: (x [B, F, S, E], e [B, F, E], carry)."""
-        e, e0 = self.embed_time(t)
-        e, e0 = _per_frame(e, x.shape[1]), _per_frame(e0, x.shape[1])
-        x = parallel.constrain(self.patch_embedding(x), ACTIVATION)
+        x, e, e0 = self._embed(x, t, parallel)
 
         def step(block, x, carry, k, v, layer):
             return block(x, e0, k, v, lambda q, k, v: attend(q, k, v, layer, carry), parallel)

@@ -216,6 +216,9 @@ class Sharded:
             jnp.asarray(placement.held),
         )
 
+    def fuses(self, tokens, heads, head_dim, dtype):
+        return False  # the partitioner cannot see into a kernel
+
     def attend(self, q, k, v, table, tokens, frame_mask=None):
         body = functools.partial(
             causal_rope_sp.attend_whole,

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 import sharding
-from jax_causal import attention_hopper, config, rollout
+from jax_causal import attention_hopper, attention_plan, config, rollout
 from sharding.compiled import abstract_block
 from sharding.hlo import Instruction, Program
 from sharding.mesh import make_mesh
@@ -38,8 +38,10 @@ def fingerprint() -> str:
     """SHA-256 of the program as traced, with plain attention in the kernel's place, and of the kernel's code."""
     spec, arguments = _block("xla")
     traced = jax.make_jaxpr(lambda *x: rollout.denoise_block(spec, *x))(*arguments)
-    kernel = _written_out(ast.parse(Path(attention_hopper.__file__).read_text()))
-    return hashlib.sha256("\n".join([*_operations(traced.jaxpr), kernel]).encode()).hexdigest()
+    kernel = [
+        _written_out(ast.parse(Path(x.__file__).read_text())) for x in (attention_hopper, attention_plan)
+    ]
+    return hashlib.sha256("\n".join([*_operations(traced.jaxpr), *kernel]).encode()).hexdigest()
 
 
 def _operations(jaxpr) -> Iterator[str]:

@@ -361,26 +361,6 @@ def test_hopper_kernel_lowers_for_a_gpu(monkeypatch, T, K, D, parts):
     assert ("fmhaSoftmaxBackward" in text) == (parts is None)
 
 
-@pytest.mark.parametrize(
-    ("queries", "heads", "keys"),
-    [(4680, 12, 32760), (4680, 12, 512), (9360, 12, 32760), (585, 12, 32760), (2340, 3, 18720), (1, 1, 8)],
-)  # fmt: skip
-def test_plan_of_the_hopper_kernel_fills_the_card(queries, heads, keys):
-    processors = 132
-    plan = attention_hopper.Plan.cheapest(queries, heads, keys, processors)
-    assert plan.tiles * 128 >= queries > (plan.tiles - 1) * 128
-    assert 0 <= plan.shared <= plan.tiles
-    assert (plan.shared > 0) == (plan.runs > 1)
-    # Blocks go to whichever processor is free, whole tiles first.
-    busy = np.zeros(processors)
-    for work in [keys] * (heads * plan.whole) + [keys / plan.runs] * (heads * plan.shared * plan.runs):
-        busy[busy.argmin()] += work + attention_hopper.BLOCK_COST
-    alone = np.ceil(heads * plan.tiles / processors) * (keys + attention_hopper.BLOCK_COST)
-    assert busy.max() <= alone
-    if keys == 32760:
-        assert heads * plan.tiles * keys > 0.85 * busy.max() * processors  # the best possible is 1
-
-
 @pytest.mark.parametrize("length", [0, 1, 130, 300, 320])
 @pytest.mark.parametrize("plan", [(3, 0, 1), (3, 1, 2), (3, 2, 5), (3, 3, 2)])
 def test_shared_queries_of_the_hopper_kernel_are_merged(monkeypatch, length, plan):
@@ -408,7 +388,7 @@ def test_shared_queries_of_the_hopper_kernel_are_merged(monkeypatch, length, pla
             bounds = [128 * (n * tiles // plan.runs) for n in range(plan.runs + 1)]
             runs = [run(slice(first, None), *bounds[n : n + 2]) for n in range(plan.runs)]
             outs, lses = (np.stack(x) for x in zip(*runs, strict=True))
-            results += [outs[:, :, : T - first], lses]
+            results += [outs, lses]
         return [jnp.asarray(x, jnp.float32) for x in results]
 
     monkeypatch.setattr(attention_hopper, "forward", kernel)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_causal import flow, rollout, transformer
+from jax_causal import flow, fused_norm, rollout, transformer
 from jax_causal.config import SamplerConfig, TransformerConfig
 from jax_causal.parallel import SingleDevice
 from jax_causal.rollout import RolloutSpec
@@ -23,6 +23,28 @@ def test_rollout(name, unrolled):
     golden = GoldenRollout(name, unrolled=unrolled)
     np.testing.assert_allclose(golden.run(), golden.data["latents"], atol=ATOL)
     golden.check_cache(ATOL)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", ROLLOUTS)
+def test_rollout_fused(monkeypatch, name):
+    """By the order of things that the fused kernels want, with their plain forms in the kernels' place."""
+    called = []
+
+    class Fusing(SingleDevice):  # of this test alone: programs are kept by it
+        def fuses(self, tokens, heads, head_dim, dtype):
+            return True
+
+    def rotate(*args):
+        called.append(args)
+        return fused_norm.plain_rotate(*args)
+
+    monkeypatch.setattr(fused_norm, "_rotate_kernel", rotate)
+    monkeypatch.setattr(fused_norm, "_add_norm_kernel", fused_norm.plain_add_norm)
+    golden = GoldenRollout(name, Fusing(), unrolled=True)
+    np.testing.assert_allclose(golden.run(), golden.data["latents"], atol=ATOL)
+    golden.check_cache(ATOL)
+    assert called
 
 
 @pytest.mark.golden
