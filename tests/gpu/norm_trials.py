@@ -19,7 +19,7 @@ import numpy as np
 
 from jax_causal import environment, fused_norm, rope
 from jax_causal.fused_norm import Rows
-from jax_causal.transformer import inverse_rms, layer_norm
+from jax_causal.transformer_layers import inverse_rms, layer_norm
 from tests.gpu import compiled_for
 
 B, F, S, N, D, ROOM = 1, 3, 1560, 12, 128, 32760

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_causal import modules, rope, transformer
+from jax_causal import modules, rope, transformer, transformer_layers
 from jax_causal.cache import CacheLayout
 from jax_causal.config import PRESETS
 from jax_causal.parallel import SingleDevice
@@ -142,7 +142,7 @@ def test_cached_forward_from_a_prefix(unrolled, split):
 @pytest.mark.golden
 def test_a_gradient_keeps_what_enters_the_activation():
     x = jnp.linspace(-3, 3, 7)
-    y, pullback = jax.vjp(transformer.gelu, x)
+    y, pullback = jax.vjp(transformer_layers.gelu, x)
     assert [leaf.tolist() for leaf in jax.tree.leaves(pullback)] == [x.tolist()]
     tanh = np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))
     np.testing.assert_allclose(y, x / 2 * (1 + tanh), atol=1e-6)
