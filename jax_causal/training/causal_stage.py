@@ -88,7 +88,7 @@ class CausalStage:
         t, sigma = diffusion.draw_times(keys[2], (batch, self.blocks[-1] + 1), self.model.sampler.shift)
         t, sigma = t[:, self.blocks], sigma[:, self.blocks]  # one for each frame
         noise = self.setting.noise(keys[3], batch, x0.dtype)
-        frames = self.frames(keys[4])
+        frames = gapped_frames(keys[4], self.blocks, self.model.transformer.head_dim, self.options)
         network = transformer.bind(self.model.transformer, params, remat=self.config.remat)
         text = network.embed_text(context)
 
@@ -107,16 +107,6 @@ class CausalStage:
 
         error = diffusion.flow_matching_loss(velocity, x0, noise, t, sigma, self.setting.tokens)
         return error, {"loss": error}
-
-    def frames(self, key):
-        """Rotary factors [2, F, pairs] of the clip's frames, those behind the first block moved by a random gap."""
-        return gapped_frames(
-            key,
-            self.blocks,
-            self.model.transformer.head_dim,
-            self.options.longest_gap,
-            self.options.gap_share,
-        )
 
     def update(self, state, step, data):
         key = step_key(self.config.seed, step)
@@ -141,9 +131,12 @@ class CausalStage:
         return dataclasses.replace(self.model, kind="causal")
 
 
-def gapped_frames(key, blocks: np.ndarray, head_dim: int, longest: int, share: float):
-    """Rotary factors [2, F, pairs] of frames 0, 1, ..., in a `share` of cases with a gap of 1 to `longest` frames
-    behind the first block. `blocks` holds the block of each frame [F]."""
+def gapped_frames(key, blocks: np.ndarray, head_dim: int, options):
+    """Rotary factors [2, F, pairs] of frames 0, 1, ..., in some cases with a gap behind the first block.
+
+    `blocks` holds the block of each frame [F]; `options` are those of a stage, with `longest_gap` and `gap_share`.
+    """
+    longest, share = options.longest_gap, options.gap_share
     if not longest:
         return rope.frame_factors(0, len(blocks), head_dim)
     draw_key, share_key = jax.random.split(key)

@@ -281,13 +281,7 @@ class DistillStage:
 
     def frames(self, key):
         """Rotary factors [2, F, pairs] of the clips' frames, those behind the first block moved by a random gap."""
-        return gapped_frames(
-            key,
-            self.blocks,
-            self.model.transformer.head_dim,
-            self.options.longest_gap,
-            self.options.gap_share,
-        )
+        return gapped_frames(key, self.blocks, self.model.transformer.head_dim, self.options)
 
     def draw_exit(self, key):
         """Index, int32 [], of the denoising step at which all blocks of a step's rollouts are left."""

@@ -13,7 +13,7 @@ import pytest
 from jax_causal import flow, modules, rope, transformer
 from jax_causal.text import UMT5Encoder
 from jax_causal.training import captions, data, diffusion, distill_stage, optim, world
-from jax_causal.training.causal_stage import gapped_frames
+from jax_causal.training.causal_stage import Options, gapped_frames
 from sharding import SequenceParallel
 from sharding.hlo import Program
 from tests import micro_world
@@ -228,7 +228,8 @@ def test_gapped_frames():
     """The first block stays; all others move by the same gap, in a share of cases."""
     head_dim, longest, draws = 16, 5, 4000
     blocks = np.array([0, 0, 1, 1, 2, 2])
-    run = jax.jit(jax.vmap(lambda key: gapped_frames(key, blocks, head_dim, longest, 0.6)))
+    options = Options(longest_gap=longest, gap_share=0.6)
+    run = jax.jit(jax.vmap(lambda key: gapped_frames(key, blocks, head_dim, options)))
     factors = np.asarray(run(jax.random.split(jax.random.key(0), draws)))
     possible = [
         np.concatenate([rope.frame_factors(0, 2, head_dim), rope.frame_factors(2 + gap, 4, head_dim)], axis=1)
@@ -238,7 +239,7 @@ def test_gapped_frames():
     assert (distance.min(0) < 1e-6).all()
     counts = np.bincount(distance.argmin(0), minlength=longest + 1) / draws
     np.testing.assert_allclose(counts, [0.4, *[0.6 / longest] * longest], atol=0.03)
-    plain = gapped_frames(jax.random.key(0), blocks, head_dim, 0, 0.6)
+    plain = gapped_frames(jax.random.key(0), blocks, head_dim, Options())
     np.testing.assert_array_equal(plain, rope.frame_factors(0, 6, head_dim))
 
 
