@@ -67,21 +67,24 @@ class Parallel(Protocol):
         """Rotates q and k, writes k and v to the cache, attends to all it holds: (out [B, F, S, N, D], cache)."""
 
     def fuses(self, tokens: int, heads: int, head_dim: int, dtype) -> bool:
-        """Whether unrolled layers run by the kernels of `fused_norm`, and `attend_product`, where they attend to a
-        cache; `tokens` is S."""
+        """Whether unrolled layers run by `add_norm` and `attend_product` where they attend to a cache; `tokens` is S,
+        without padding."""
+
+    def add_norm(self, x, out, gate, norm, time, rows, *, eps: float):
+        """`fused_norm.add_norm`."""
 
     def attend_product(
         self,
         qkv,
         scales,
-        factors,
+        table,
         cache: KVCache,
         layer,
         placement: Placement,
         layout: CacheLayout,
         eps: float,
     ):
-        """Norms of queries and keys, and `attend_cached`, from what `fused_norm.rotate_into_cache` takes."""
+        """Norms of queries and keys, and `attend_cached`, from what `fused_rotation.rotate_into_cache` takes."""
 
     def attend(self, q, k, v, table, tokens: int, frame_mask=None):
         """Rotates q and k, then attends; `frame_mask` bool [F, F] says which frames see which (None: all).
@@ -149,15 +152,20 @@ class SingleDevice:
         q = jax.ShapeDtypeStruct((1, tokens, heads, head_dim), dtype)
         if self.parts > 1 or choose_backend(self.backend, q) != "hopper":
             return False
-        from jax_causal import fused_norm  # on demand: importing Pallas takes its time
+        from jax_causal import hopper_rows  # on demand: importing Pallas takes its time
 
-        return fused_norm.suits(tokens, heads, head_dim, dtype)
+        return hopper_rows.suits(tokens, heads, head_dim, dtype)
 
-    def attend_product(self, qkv, scales, factors, cache, layer, placement, layout, eps):
+    def add_norm(self, x, out, gate, norm, time, rows, *, eps):
         from jax_causal import fused_norm
 
-        q, *held = fused_norm.rotate_into_cache(
-            qkv, scales, factors, *cache.read(layer), placement.slots, eps=eps
+        return fused_norm.add_norm(x, out, gate, norm, time, rows, eps=eps)
+
+    def attend_product(self, qkv, scales, table, cache, layer, placement, layout, eps):
+        from jax_causal import fused_rotation
+
+        q, *held = fused_rotation.rotate_into_cache(
+            qkv, scales, table, *cache.read(layer), placement.slots, eps=eps
         )
         cache = cache.replace_layer(layer, *held)
         return self._attend_to(cache, layer, q, placement, layout), cache

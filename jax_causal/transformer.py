@@ -113,17 +113,14 @@ class CausalDiT(nnx.Module):
         """
         config = self.config
         table = parallel.rope(placement.frames, *grid, config.head_dim)
-        sizes = x.shape[2], config.num_heads, config.head_dim, self.patch_embedding.kernel.dtype
+        sizes = grid[0] * grid[1], config.num_heads, config.head_dim, self.patch_embedding.kernel.dtype
         if isinstance(self.blocks, nnx.List) and not self.remat and parallel.fuses(*sizes):
-            from jax_causal import fused_norm
-
-            factors = fused_norm.factors(table)
 
             def attend_product(projections, y, layer, cache):
                 qkv = projections.qkv(y).reshape(*y.shape[:-1], 3, config.num_heads, -1)
                 scales = projections.norm_q.scale[...], projections.norm_k.scale[...]
                 return parallel.attend_product(
-                    qkv, scales, factors, cache, layer, placement, layout, config.eps
+                    qkv, scales, table, cache, layer, placement, layout, config.eps
                 )
 
             x, e, cache = self._run_fused(x, t, text, attend_product, cache, parallel)

@@ -156,26 +156,26 @@ class Block(nnx.Module):
         return x, carry
 
     def fused(self, x, pending, time, text_k, text_v, attend, parallel: Parallel):
-        """`__call__` by the kernels of `fused_norm`, with the last sum left to the next block.
+        """`__call__` by `Parallel.add_norm`, with the last sum left to the next block.
 
         `pending` is the block before's, None for the first; `attend` is (projections, y) -> (out, carry).
 
         Returns:
           x, what is pending, and the carry.
         """
-        from jax_causal import fused_norm
+        from jax_causal.fused_norm import Rows
 
-        norm = functools.partial(fused_norm.add_norm, time=time, eps=self.eps)
+        norm = functools.partial(parallel.add_norm, time=time, eps=self.eps)
         own, affine = self.modulation[...], (self.norm3.scale[...], self.norm3.bias[...])
         with jax.named_scope("self_attention"):
-            x, y = norm(x, *(pending or (None, None)), own, rows=fused_norm.Rows(scale=1, shift=0))
+            x, y = norm(x, *(pending or (None, None)), own, rows=Rows(scale=1, shift=0))
             out, carry = attend(self.self_attn, y)
             out = self.self_attn.output(out)
         with jax.named_scope("cross_attention"):
             x, y = norm(x, out, (own, 2), affine, rows=None)
             x = x + self.cross_attn.output(parallel.attend_text(self.cross_attn.query(y), text_k, text_v))
         with jax.named_scope("mlp"):
-            x, y = norm(x, None, None, own, rows=fused_norm.Rows(scale=4, shift=3))
+            x, y = norm(x, None, None, own, rows=Rows(scale=4, shift=3))
             return x, (self.ffn(y), (own, 5)), carry
 
 

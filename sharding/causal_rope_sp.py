@@ -23,15 +23,15 @@ from jax import lax
 from jax_causal import rope
 from jax_causal.attention import attention, attention_with_lse, merge
 from jax_causal.cache import CacheLayout, KVCache
-from sharding.mesh import HEADS, SEQ, TOKENS
+from sharding.mesh import HEADS, SEQ, TOKENS, rows_of_share
 
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
     """How the S tokens of a frame are dealt over `seq` x `heads` devices.
 
-    Where S does not divide, the last shares are short or empty; they are padded to `rows`, and padding never
-    becomes a key.
+    Where S does not divide into them, the last shares are short or empty; they are padded to `rows`, and padding
+    never becomes a key.
     """
 
     tokens: int
@@ -41,7 +41,7 @@ class Shares:
     @property
     def rows(self) -> int:
         """m: rows of each frame on one device."""
-        return -(-self.tokens // (self.seq * self.heads))
+        return rows_of_share(self.tokens, self.seq * self.heads)
 
     @property
     def part(self) -> int:
@@ -100,8 +100,7 @@ def attend_gathered(
     q = rope.rotate(q, table)
     if layout.ring or not overlap:
         cache = cache.write(layout, layer, slots, *block)
-        out = attention(_flat(q), *cache.read(layer), length=layout.part_length(held), backend=backend)
-        return out.reshape(q.shape), cache
+        return attend_held(q, *cache.read(layer), layout.part_length(held), backend), cache
     # Without a ring the past is the prefix before the block.
     past = attention_with_lse(
         _flat(q), *cache.read(layer), length=layout.part_length(slots[0]), backend=backend
@@ -126,14 +125,19 @@ def attend_traded(
     if shares.seq == 1:
         k, v = k[:, :, : shares.tokens], v[:, :, : shares.tokens]
         cache = cache.write(layout, layer, slots, k, v)
-        out = attention(_flat(q), *cache.read(layer), length=layout.part_length(held), backend=backend)
-        return _heads_for_tokens(out.reshape(q.shape), shares), cache
+        out = attend_held(q, *cache.read(layer), layout.part_length(held), backend)
+        return _heads_for_tokens(out, shares), cache
     valid = shares.valid()
     cache = _write_share(cache, layout, layer, slots, k, v, valid)
     queries = _gather(q, shares)  # [B, F, seq * M, N / heads, D]
     out, lse = attention_with_lse(_flat(queries), *cache.read(layer), length=held * valid, backend=backend)
     out = _merge_shares(out.reshape(queries.shape), lse.swapaxes(1, 2).reshape(queries.shape[:-1]), shares)
     return _heads_for_tokens(out.astype(q.dtype), shares), cache
+
+
+def attend_held(q, keys, values, length, backend):
+    """Attention [B, F, m, N, D] to the first `length` keys of a cache that holds all there are for these queries."""
+    return attention(_flat(q), keys, values, length=length, backend=backend).reshape(q.shape)
 
 
 def attend_whole(q, k, v, table, *, frame_mask, shares: Shares, backend):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_causal import bench, rollout
+from jax_causal.attention import choose_backend
 from jax_causal.bench_rows import COMMUNICATION, Row
 from jax_causal.config import ModelConfig
 from jax_causal.parallel import Parallel, SingleDevice
@@ -46,8 +47,14 @@ class Way:
 
     strategy: Strategy
     label: str
+    direct: bool = True
     overlap: bool = True
     parts: int = 1
+
+    @property
+    def options(self) -> dict[str, bool | int]:
+        """Of `SequenceParallel` and `Sharded`."""
+        return {"direct": self.direct, "overlap": self.overlap, "parts": self.parts}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,12 +146,23 @@ class Scaling:
             raise ValueError(f"{only} is nothing to measure on {devices} devices: use {' or '.join(found)}")
         ways = [Way(s, name) for name, s in found.items() if only in (None, name)]
         if ways[0].strategy.gathers:
-            *_, (work, _) = self._works()  # a full-size block, which the first may not be
-            if work.held == self._frames:  # with a ring for a cache nothing overlaps
-                ways.insert(1, dataclasses.replace(ways[0], label="gather, no overlap", overlap=False))
-            if (parts := ways[0].strategy.best_parts(work)) > 1 and work.tokens % parts == 0:
-                ways.insert(1, dataclasses.replace(ways[0], label=f"gather, keys in {parts}", parts=parts))
+            ways[1:1] = self._forms(ways[0])
         return ways
+
+    def _forms(self, gather: Way) -> list[Way]:
+        """Other ways to run `gather` that say something here."""
+        *_, (work, _) = self._works()  # a full-size block, which the first may not be
+        head = 1, 1, work.config.num_heads, work.config.head_dim
+        backend = choose_backend("auto", jax.ShapeDtypeStruct(head, self.precision))
+        collective = dataclasses.replace(gather, label="gather, by collectives", direct=False)
+        # A kernel of ours fills a device without.
+        parts = 1 if backend == "hopper" else gather.strategy.best_parts(work)
+        forms = [collective] if backend == "hopper" else []
+        if parts > 1 and work.tokens % parts == 0:
+            forms.append(dataclasses.replace(gather, label=f"gather, keys in {parts}", parts=parts))
+        if work.held == self._frames:  # with a ring for a cache nothing overlaps
+            forms.append(dataclasses.replace(collective, label="gather, no overlap", overlap=False))
+        return forms
 
     def single(self) -> Measured:
         """One device."""
@@ -154,8 +172,7 @@ class Scaling:
     def measure(self, way: Way, devices: Sequence[jax.Device]) -> Measured:
         """A way of running on the devices."""
         self.progress(f"{way.label} on {len(devices)} devices")
-        options = {"overlap": way.overlap, "parts": way.parts}
-        parallel = SequenceParallel(devices, way.strategy.name, **options)
+        parallel = SequenceParallel(devices, way.strategy.name, **way.options)
         return Measured(way, self._rows(parallel, (*ROWS, *COMMUNICATION)))
 
     def link(self, devices: Sequence[jax.Device]) -> tuple[Link, str]:
@@ -183,8 +200,7 @@ class Scaling:
 
     def _share(self, way: Way) -> float:
         self.progress(f"one of {way.strategy.devices} shares, {way.label}")
-        options = {"overlap": way.overlap, "parts": way.parts}
-        share = Share.create(way.strategy, jax.devices()[0], **options)
+        share = Share.create(way.strategy, jax.devices()[0], **way.options)
         return self._rows(share, ["rollout"])["rollout"].median
 
     def _rows(self, parallel: Parallel, names) -> dict[str, Row]:

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _kind(way: Way) -> tuple:
     """What makes ways alike on any number of devices."""
-    return way.strategy.name, way.overlap, way.parts > 1
+    return way.strategy.name, way.direct, way.overlap, way.parts > 1
 
 
 def _rows(measured: list[Measured]) -> list[dict]:

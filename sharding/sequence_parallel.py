@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jax_causal.cache import CacheLayout, KVCache, Placement
 from jax_causal.config import ModelConfig
 from jax_causal.parallel import SingleDevice
+from jax_causal.transformer_layers import ACTIVATION
 from sharding import causal_rope_sp, specs
 from sharding.causal_rope_sp import Shares
 from sharding.mesh import HEADS, SEQ, make_mesh, pick_devices
@@ -40,7 +41,10 @@ class SequenceParallel:
       parts: parts that `gather` splits its keys into on each device; divides the tokens of a frame. More than one may
         pay where cuDNN attends with few queries, at a rounding more: `bench --scaling` measures both. The Hopper kernel
         fills a device by itself.
-      overlap: whether `gather` attends to the past while the block's keys and values travel, and merges.
+      direct: whether `gather`, where a kernel of ours rotates the keys and one process has all the devices, has that
+        kernel write them and the values into the caches of the others, instead of a collective.
+      overlap: whether `gather`, by a collective, attends to the past while the block's keys and values travel, and
+        merges.
       unroll: as in `SingleDevice`.
     """
 
@@ -53,6 +57,7 @@ class SequenceParallel:
     shard_params: bool = False
     backend: str = "auto"
     parts: int = 1
+    direct: bool = True
     overlap: bool = True
     unroll: bool | None = None
 
@@ -83,6 +88,7 @@ class SequenceParallel:
             shard_params=self.shard_params,
             backend=self.backend,
             parts=self.parts if strategy.gathers else 1,
+            direct=self.direct,
             overlap=self.overlap,
             unroll=self.unroll,
             reason=reason,
@@ -104,6 +110,7 @@ class Sharded:
     shard_params: bool = False
     backend: str = "auto"
     parts: int = 1
+    direct: bool = True
     overlap: bool = True
     unroll: bool | None = None
     reason: str = dataclasses.field(default="", compare=False)
@@ -216,8 +223,56 @@ class Sharded:
             jnp.asarray(placement.held),
         )
 
+    # The same by fused kernels, which the partitioner cannot see into.
+
     def fuses(self, tokens, heads, head_dim, dtype):
-        return False  # the partitioner cannot see into a kernel
+        rows = self.shares(tokens).rows
+        return SingleDevice(self.backend, self.parts).fuses(rows, heads, head_dim, dtype)
+
+    def add_norm(self, x, out, gate, norm, time, rows, *, eps):
+        param, row = gate or (None, None)
+
+        def body(x, out, param, norm, time):
+            gate = None if param is None else (param, row)
+            return SingleDevice().add_norm(x, out, gate, norm, time, rows, eps=eps)
+
+        tokens = self._spec(ACTIVATION)
+        in_specs = (tokens, tokens, P(), P(), self._spec(("batch",)))
+        run = self._shard_map(body, in_specs, (tokens, tokens), check_vma=False)
+        return run(x, out, param, norm, time)
+
+    def attend_product(self, qkv, scales, table, cache, layer, placement, layout, eps):
+        from jax_causal import fused_rotation
+
+        if (peers := self._peers(layout.tokens)) is None:
+            q, k, v = fused_rotation.normalise(qkv, scales, eps)
+            return self.attend_cached(q, k, v, table, cache, layer, placement, layout)
+
+        def body(qkv, scales, table, keys, values, slots, held):
+            q, *held_here = fused_rotation.rotate_into_cache(
+                qkv, scales, table, keys, values, slots, eps=eps, peers=peers
+            )
+            return causal_rope_sp.attend_held(
+                q, *held_here, layout.part_length(held), self.backend
+            ), *held_here
+
+        tokens, cached = self._spec(QKV), self._spec(self._cache_names[1:])
+        in_specs = (self._spec((*QKV, None)), P(), self._spec(TABLE), cached, cached, P(), P())
+        run = self._shard_map(body, in_specs, (tokens, cached, cached), check_vma=False)
+        slots, held = jnp.asarray(placement.slots), jnp.asarray(placement.held)
+        out, *both = run(qkv, scales, table, *cache.read(layer), slots, held)
+        return out, cache.replace_layer(layer, *both)
+
+    def _peers(self, tokens):
+        """The devices whose caches a kernel writes to; None where `gather` is not by such a kernel."""
+        from jax_causal import fused_rotation
+
+        devices = self.mesh.devices.ravel()
+        # What such kernels ask for.
+        alone = jax.process_count() == 1 and [d.id for d in devices] == list(range(len(devices)))
+        able = self.direct and self.strategy.gathers and alone and fused_rotation.can_reach_peers()
+        peers = fused_rotation.Peers(self.strategy.seq, tokens, SEQ)
+        return peers if able and peers.suit(self.shares(tokens).rows) else None
 
     def attend(self, q, k, v, table, tokens, frame_mask=None):
         body = functools.partial(

@@ -47,6 +47,10 @@ class Share(Sharded):
     def shares(self, tokens):
         return LocalShares(tokens, self.strategy.seq, self.strategy.heads)
 
+    def _peers(self, tokens):
+        peers = super()._peers(tokens)
+        return peers and peers._replace(axis=None)
+
     def cache_shape(self, tokens):
         stored, parts = super().cache_shape(tokens)
         return (stored, parts) if self.strategy.gathers else (stored // parts, 1)

@@ -22,6 +22,7 @@ import math
 
 from jax_causal.cache import ALIGNMENT
 from jax_causal.config import TransformerConfig
+from sharding.mesh import rows_of_share
 
 NAMES = ("gather", "ulysses", "ring", "hybrid")
 
@@ -114,7 +115,7 @@ class Strategy:
 
     def rows(self, work: Workload) -> int:
         """Tokens of a block on one device, padding included."""
-        return -(-work.tokens // self.devices) * work.frames
+        return rows_of_share(work.tokens, self.devices) * work.frames
 
     def _travelling(self, work: Workload) -> tuple[int, int]:
         """Bytes of a block's queries, for the heads of one device, and of the fp32 outputs that go back."""
@@ -127,7 +128,7 @@ class Strategy:
         """Keys and values of all layers on one device, with the room that `CacheLayout.room` adds."""
         config, tokens = work.config, work.tokens
         if self.seq > 1 and not self.gathers:
-            tokens = -(-work.tokens // self.devices) * self.heads
+            tokens = rows_of_share(work.tokens, self.devices) * self.heads
         room = -(-work.held * tokens // ALIGNMENT) * ALIGNMENT
         width = config.dim if self.gathers else config.dim // self.heads
         return 2 * config.num_layers * room * width * work.bytes_per_element

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_causal import environment, fused_norm, rope
+from jax_causal import environment, fused_norm, fused_rotation, rope
 from jax_causal.fused_norm import Rows
 from jax_causal.transformer_layers import inverse_rms, layer_norm
 from tests.gpu import compiled_for
@@ -106,9 +106,10 @@ def rotate_plain(vectors, qkv, keys, values, slots):
 
 
 def rotate_fused(vectors, qkv, keys, values, slots):
-    factors = fused_norm.factors(vectors["table"])
     qkv = qkv.reshape(B, F, S, 3, N, D)
-    return fused_norm.rotate_into_cache(qkv, vectors["scales"], factors, keys, values, slots, eps=EPS)
+    return fused_rotation.rotate_into_cache(
+        qkv, vectors["scales"], vectors["table"], keys, values, slots, eps=EPS
+    )
 
 
 # name: the two, and the activations that are read and written by the kernels

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_causal import flow, fused_norm, rollout, transformer
+from jax_causal import flow, fused_norm, fused_rotation, rollout, transformer
 from jax_causal.config import SamplerConfig, TransformerConfig
 from jax_causal.parallel import SingleDevice
 from jax_causal.rollout import RolloutSpec
@@ -37,9 +37,9 @@ def test_rollout_fused(monkeypatch, name):
 
     def rotate(*args):
         called.append(args)
-        return fused_norm.plain_rotate(*args)
+        return fused_rotation.plain_rotate(*args)
 
-    monkeypatch.setattr(fused_norm, "_rotate_kernel", rotate)
+    monkeypatch.setattr(fused_rotation, "_rotate_kernel", rotate)
     monkeypatch.setattr(fused_norm, "_add_norm_kernel", fused_norm.plain_add_norm)
     golden = GoldenRollout(name, Fusing(), unrolled=True)
     np.testing.assert_allclose(golden.run(), golden.data["latents"], atol=ATOL)

@@ -1,0 +1,169 @@
+"""Rotation into the cache by one kernel, walked through on the CPU, against float64; several devices that write to each
+other's caches; gradients and lowering."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_causal import fused_rotation, hopper_rows, rope
+from jax_causal.fused_rotation import Peers
+from tests.kernels_on_cpu import assert_rounded, f64, machine, random, relative
+
+__all__ = ["machine"]
+
+EPS = 1e-6
+
+
+def _queries(B=2, F=3, S=8, N=4, slots=(4, 0, 2), room=48):
+    D = hopper_rows.HEAD_DIM
+    qkv, *scales, keys, values = random((B, F, S, 3, N, D), *2 * [(N * D,)], *2 * [(B, 1, room, N, D)])
+    frames, spatial = rope.frame_factors(1000, F, D), rope.spatial_factors(2, S // 2, D)
+    return qkv, scales, rope.tables(jnp.asarray(frames), spatial), keys, values, jnp.asarray(slots)
+
+
+def _turned(x, table):
+    """By complex numbers."""
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    cos, sin = f64(table)[:, :, :, None]
+    turned = (pairs[..., 0] + 1j * pairs[..., 1]) * (cos + 1j * sin)
+    return np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
+
+
+def _expected(qkv, scales, table):
+    """Rotated queries and keys, in float64."""
+    N, D = qkv.shape[-2:]
+    for i in range(2):
+        x = f64(qkv)[:, :, :, i]
+        x = x / np.sqrt((x**2).mean((-2, -1), keepdims=True) + EPS) * f64(scales[i]).reshape(N, D)
+        yield _turned(x, table)
+
+
+def _check_cache(new_keys, new_values, keys, values, qkv, expected_keys, slots):
+    """What slots hold, and that nothing else was written."""
+    F, S = qkv.shape[1:3]
+    untouched = np.ones(keys.shape[2], bool)
+    for f, slot in enumerate(slots.tolist()):
+        place = slice(slot * S, (slot + 1) * S)
+        untouched[place] = False
+        assert_rounded(new_keys[:, 0, place], expected_keys[:, f])
+        np.testing.assert_array_equal(f64(new_values[:, 0, place]), f64(qkv)[:, f, :, 2])
+    assert untouched.sum() == keys.shape[2] - F * S
+    for new, old in ((new_keys, keys), (new_values, values)):
+        np.testing.assert_array_equal(f64(new)[:, :, untouched], f64(old)[:, :, untouched])
+
+
+def test_one_device(machine):
+    qkv, scales, table, keys, values, slots = _queries()
+    q, *held = fused_rotation.rotate_into_cache(qkv, scales, table, keys, values, slots, eps=EPS)
+    expected_q, expected_k = _expected(qkv, scales, table)
+    assert_rounded(q, expected_q)
+    _check_cache(*held, keys, values, qkv, expected_k, slots)
+    assert not machine.signals
+
+
+@pytest.mark.parametrize(
+    ("tokens", "devices", "rows"), [(8, 2, 4), (24, 3, 8), (20, 2, 10), (28, 3, 12), (20, 4, 8)]
+)
+def test_devices_write_to_all_caches(machine, tokens, devices, rows):
+    """Even shares, shares that are no multiple of a block of threads, and short and empty ones at the end."""
+    qkv, scales, table, keys, values, slots = _queries(
+        B=1, F=2, S=tokens, N=2, slots=(2, 0), room=3 * tokens + 4
+    )
+    expected_q, expected_k = _expected(qkv, scales, table)
+    machine.memory = [[np.array(x[:, 0]) for x in (keys, values)] for _ in range(devices)]
+    # As `Sharded` cuts them, with whatever rows of padding.
+    index = np.minimum(np.arange(devices * rows), tokens - 1).reshape(devices, rows)
+    for device, here in enumerate(index):
+        machine.device = device
+        q, _, _ = fused_rotation.rotate_into_cache(
+            qkv[:, :, here], scales, table[:, :, here], keys, values, slots,
+            eps=EPS, peers=Peers(devices, tokens, machine.axis),
+        )  # fmt: skip
+        assert_rounded(q, expected_q[:, :, here])
+    for held in machine.memory:
+        _check_cache(*(x[:, None] for x in held), keys, values, qkv, expected_k, slots)
+    assert machine.awaited == dict(machine.signals)
+    assert set(machine.awaited) == set(range(devices))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "devices", "rows", "able"), [(20, 2, 10, True), (28, 3, 10, False), (26, 3, 12, False)]
+)
+def test_no_block_of_threads_holds_tokens_and_padding(tokens, devices, rows, able):
+    assert Peers(devices, tokens, "seq").suit(rows) == able
+
+
+def test_a_share_writes_its_own_rows_to_all_places(machine):
+    """Where the other devices are not there; see `sharding.share`."""
+    qkv, scales, table, keys, values, slots = _queries(B=1, F=2, S=8, slots=(1, 0), room=40)
+    peers = Peers(2, 16, None)
+    _, new_keys, new_values = fused_rotation.rotate_into_cache(
+        qkv, scales, table, keys, values, slots, eps=EPS, peers=peers
+    )
+    _, expected_k = _expected(qkv, scales, table)
+    twice = jnp.concatenate([qkv, qkv], axis=2)
+    expected_k = np.concatenate([expected_k] * 2, axis=2)
+    _check_cache(new_keys, new_values, keys, values, twice, expected_k, slots)
+    assert not machine.signals
+
+
+def test_the_plain_form_is_the_same_function(machine):
+    """Of which the gradient is taken."""
+    qkv, scales, table, keys, values, slots = _queries()
+    factors = fused_rotation._factors(table)
+    results = fused_rotation.rotate_into_cache(qkv, scales, table, keys, values, slots, eps=EPS)
+    arguments = jax.tree.map(lambda y: y.astype(jnp.float32), (qkv, scales, factors, keys, values))
+    for result, plain in zip(results, fused_rotation.plain_rotate(EPS, None, *arguments, slots), strict=True):
+        assert relative(result, plain) < 4e-3
+
+
+def test_gradient_goes_around_the_kernel(machine):
+    """With respect to the cache too, whose values before are not kept for it."""
+    qkv, scales, table, *caches, slots = _queries(B=1, F=2, N=2, slots=(1, 0), room=24)
+    weights = random(*[(1, 2, 8, 2, 128)], *2 * [(1, 1, 24, 2, 128)], seed=1)
+
+    def loss(run, qkv, scales, caches):
+        results = run(qkv, scales, *caches)
+        return sum((y.astype(jnp.float32) * w).sum() for y, w in zip(results, weights, strict=True))
+
+    def fused(qkv, scales, *caches):
+        return fused_rotation.rotate_into_cache(qkv, scales, table, *caches, slots, eps=EPS)
+
+    def plain(qkv, scales, *caches):
+        factors = fused_rotation._factors(table)
+        return fused_rotation.plain_rotate(EPS, None, qkv, scales, factors, *caches, slots)
+
+    of = (qkv, scales, caches)
+    actual = jax.grad(functools.partial(loss, fused), (0, 1, 2))(*of)
+    exact = jax.tree.map(lambda y: y.astype(jnp.float32), of)
+    expected = jax.grad(functools.partial(loss, plain), (0, 1, 2))(*exact)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert relative(a, b) < 2e-2
+
+
+def test_lowers_for_a_gpu():
+    """One kernel serves all layers, and the cache is written in place."""
+
+    def layers(qkv, scale, table, keys, values, slots):
+        for _ in range(3):
+            q, keys, values = fused_rotation.rotate_into_cache(
+                qkv, (scale, scale), table, keys, values, slots, eps=EPS
+            )
+            qkv = qkv.at[:, :, :, 0].set(q)
+        return qkv, keys, values
+
+    E, D = 1536, 128
+    qkv, scale, cache = (
+        jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((1, 3, 1560, 3, 12, D), (E,), (1, 1, 32760, 12, D))
+    )
+    table, slots = (
+        jax.ShapeDtypeStruct((2, 3, 1560, D // 2), jnp.float32),
+        jax.ShapeDtypeStruct((3,), jnp.int32),
+    )
+    traced = jax.jit(layers).trace(qkv, scale, table, cache, cache, slots)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    (call,) = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
+    assert call.count("output_operand_alias<") == 2

@@ -1,0 +1,136 @@
+"""Kernels of `hopper_rows`, walked through on the CPU as they are written, one block of threads after another."""
+
+import collections
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_causal import hopper_rows
+
+
+class Machine:
+    """Devices whose kernels run one after another.
+
+    Attributes:
+      axis, device: name of their mesh axis, and the one that runs.
+      memory: arrays that kernels write in place, by device; None: those that a kernel is given.
+      signals, awaited: of each device's semaphore, how often it was signalled and for how many its kernel waited.
+    """
+
+    axis, device, memory = "seq", 0, None
+
+    def __init__(self):
+        self.signals, self.awaited = collections.Counter(), {}
+
+
+class _Ref:
+    """Memory as a kernel sees it, over a numpy array."""
+
+    def __init__(self, array):
+        self.array = array
+
+    at = property(lambda self: self)
+
+    def _index(self, index):
+        index = index if isinstance(index, tuple) else (index,)
+        return tuple(
+            slice(int(i.start), int(i.start) + i.size) if isinstance(i, pl.Slice) else int(i) for i in index
+        )
+
+    def __getitem__(self, index):
+        part = self.array[self._index(index)]
+        return _Ref(part) if part.ndim else part
+
+    def __setitem__(self, index, value):
+        part = self.array[self._index(index)]
+        assert part.shape == value.shape
+        assert part.dtype == value.dtype
+        part[...] = value
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Runs the kernels of `hopper_rows`; a `Machine`."""
+    machine, place = Machine(), {}
+
+    def launch(kernel, out_type, grid, name):
+        def run(*operands):
+            many = isinstance(out_type, list)
+            outs = [np.full(x.shape, np.nan, x.dtype) for x in (out_type if many else [out_type])]
+            arrays = [np.array(x[...]) for x in operands]
+            if machine.memory:
+                own = iter(machine.memory[machine.device])
+                arrays = [
+                    next(own) if isinstance(x, jax.Ref) else a for x, a in zip(operands, arrays, strict=True)
+                ]
+            place[machine.axis] = machine.device
+            for point in itertools.product(*map(range, grid.values())):
+                place.update(zip(grid, point, strict=True))
+                kernel(*map(_Ref, arrays), *map(_Ref, outs))
+            for ref, array in zip(operands, arrays, strict=True):
+                if isinstance(ref, jax.Ref):
+                    ref[...] = array
+            outs = [jnp.asarray(x) for x in outs]
+            return outs if many else outs[0]
+
+        return run
+
+    def remote(ref, device):
+        own = machine.memory[machine.device]
+        (index,) = (i for i, array in enumerate(own) if array is ref.array)
+        return _Ref(machine.memory[int(device[machine.axis])][index])
+
+    def signal(semaphore, device_id):
+        machine.signals[int(device_id[machine.axis])] += 1
+
+    def wait(semaphore, value, decrement):
+        assert not decrement
+        machine.awaited[machine.device] = machine.awaited.get(machine.device, 0) + value
+
+    def swap_pairs(x):
+        return x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
+
+    def spread(x, like, *axes):
+        return jax.lax.broadcast_in_dim(x, like.shape, axes)
+
+    def when(condition):
+        return lambda run: run() if condition else None
+
+    monkeypatch.setattr(hopper_rows, "launch", launch)
+    monkeypatch.setattr(hopper_rows, "load", lambda ref, layout: jnp.asarray(ref.array))
+    monkeypatch.setattr(hopper_rows, "spread", spread)
+    monkeypatch.setattr(hopper_rows, "swap_pairs", swap_pairs)
+    monkeypatch.setattr(jax.lax, "axis_index", lambda name: jnp.int32(place[name]))
+    monkeypatch.setattr(plgpu, "remote_ref", remote, raising=False)
+    monkeypatch.setattr(pl, "get_global", lambda what: None, raising=False)
+    monkeypatch.setattr(pl, "semaphore_signal", signal)
+    monkeypatch.setattr(pl, "semaphore_wait", wait)
+    monkeypatch.setattr(pl, "when", when)
+    with jax.disable_jit():
+        yield machine
+
+
+def random(*shapes, seed=0):
+    """bfloat16 normal numbers of each shape."""
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    return [jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def f64(x):
+    return np.asarray(x, np.float64)
+
+
+def relative(actual, expected):
+    """Euclidean distance by the norm of `expected`."""
+    return np.linalg.norm(f64(actual) - f64(expected)) / np.linalg.norm(f64(expected))
+
+
+def assert_rounded(actual, expected):
+    """One rounding to bfloat16 away from float64, and what the fp32 sums before it explain."""
+    assert actual.dtype == jnp.bfloat16
+    np.testing.assert_allclose(f64(actual), expected, rtol=2**-8, atol=1e-4)
