@@ -14,7 +14,7 @@ import os
 import jax
 import jax.numpy as jnp
 
-from jax_causal import attention, modules, vae
+from jax_causal import attention, attention_xla, modules, vae
 from jax_causal.config import ModelConfig
 from jax_causal.rollout import RolloutSpec
 from jax_causal.text import UMT5Encoder
@@ -107,7 +107,7 @@ def _scores(spec: RolloutSpec, tokens: int, cached: int, dtype) -> int:
     if attention.choose_backend(getattr(spec.parallel, "backend", "auto"), query) != "xla":
         return 0
     rows = tokens * heads
-    chunks = math.ceil(cached / max(128, attention.MAX_SCORES // rows))
+    chunks = math.ceil(cached / max(128, attention_xla.MAX_SCORES // rows))
     return 2 * 4 * rows * math.ceil(cached / chunks)
 
 
