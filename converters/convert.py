@@ -26,12 +26,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 
 from converters import layouts, names, sources
 from jax_causal import checkpoint, modules
+from jax_causal.components import COMPONENTS
 from jax_causal.config import PRESETS, Kind, ModelConfig, TokenizerConfig
-from jax_causal.text import UMT5Encoder
-from jax_causal.transformer import CausalDiT
-from jax_causal.vae import VAE
 
-MODULES = {"transformer": CausalDiT, "vae": VAE, "text_encoder": UMT5Encoder}
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _SLAB_BYTES = 64 * 2**20
 
@@ -147,7 +144,7 @@ def _prepare(weights, entry, dtype, kind, num_heads) -> _Component:
         if num_heads and name == "transformer":
             fields["num_heads"] = num_heads
         config = layouts.infer_config(name, shapes, **fields)
-        plan = names.leaves(name, modules.abstract(MODULES[name], config))
+        plan = names.leaves(name, modules.abstract(COMPONENTS[name], config))
         names.check(name, plan, shapes)
         dtypes = {leaf.path: _dtype(leaf, tensors, dtype) for leaf in plan}
     except ValueError as error:
@@ -197,7 +194,7 @@ def _dtype(leaf, tensors, dtype) -> np.dtype:
 
 def _check_destination(dest, components, has_tokenizer, overwrite) -> None:
     coming = [component.name for component in components] + ["tokenizer"] * has_tokenizer
-    for name in MODULES:
+    for name in COMPONENTS:
         if coming.count(name) > 1:
             paths = ", ".join(str(component.path) for component in components if component.name == name)
             raise ValueError(f"the source holds several checkpoints of the {name}: name one of {paths}")

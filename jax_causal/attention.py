@@ -6,7 +6,7 @@ GPU enough independent work when queries are few, keys walked in chunks bound th
 and keys held by other devices need not travel. The statistic stays fp32 from the kernel to the merge: rounded
 to bfloat16 it would cost several times the error of the attention itself.
 
-    xla     plain einsums: any platform, any dtype
+    xla     the plain einsums of `attention_xla`: any platform, any dtype
     hopper  the fused kernel of `attention_hopper`: bfloat16 and float16 on an H100 or H200
     cudnn   NVIDIA's fused kernel: bfloat16 and float16
     pallas  the fused kernel of `attention_pallas`
@@ -28,13 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_causal import attention_xla
+
 Backend = Literal["auto", "xla", "hopper", "cudnn", "pallas"]
 
 # The log-sum-exp of no keys at all: finite, so that the difference of two of them is zero rather than NaN.
 NO_KEYS = -0.7 * float(np.finfo(np.float32).max)
-
-# The plain form holds about this many fp32 scores at once (64 MiB).
-MAX_SCORES = 2**24
 
 
 def attention(
@@ -234,7 +233,9 @@ def _attend(backend, q, k, v, length):
         from jax_causal import attention_pallas  # on demand: importing Pallas takes its time
 
         return attention_pallas.forward(q, k, v, length, no_keys=NO_KEYS, interpret=_device()[0] == "cpu")
-    return {"hopper": _hopper, "cudnn": _cudnn, "xla": _xla}[backend](q, k, v, length)
+    if backend == "xla":
+        return attention_xla.forward(q, k, v, length, no_keys=NO_KEYS, merge=merge)
+    return {"hopper": _hopper, "cudnn": _cudnn}[backend](q, k, v, length)
 
 
 def _attend_fwd(backend, q, k, v, length):
@@ -243,83 +244,10 @@ def _attend_fwd(backend, q, k, v, length):
 
 
 def _attend_bwd(backend, residuals, cotangents):
-    """With scores s and p = exp(s - lse):  ds = p (dout v^T - rowsum(dout out) + dlse), since dlse/ds = p.
-
-    Scores are computed anew, chunk by chunk.
-    """
-    q, k, v, length, out, lse = residuals
-    dout, dlse = cotangents[0].astype(q.dtype), cotangents[1]
-    shift = dlse - _einsum("btnd,btnd->bnt", dout, out)
-    chunk, _, count = _key_chunks(q, k, v, length)
-
-    def step(i, gradients):
-        dq, dk, dv = gradients
-        start, k_i, v_i, valid = chunk(i)
-        p = jnp.where(valid, jnp.exp(_scores(q, k_i) - lse[..., None]), 0)
-        ds = p * (_einsum("btnd,bknd->bntk", dout, v_i) + shift[..., None]) / math.sqrt(q.shape[-1])
-        p, ds = p.astype(q.dtype), ds.astype(q.dtype)
-        dq += _einsum("bntk,bknd->btnd", ds, k_i)
-        dk = add(dk, start, _einsum("bntk,btnd->bknd", ds, q))
-        dv = add(dv, start, _einsum("bntk,btnd->bknd", p, dout))
-        return dq, dk, dv
-
-    def add(total, start, part):
-        here = lax.dynamic_slice_in_dim(total, start, part.shape[1], axis=1)
-        return lax.dynamic_update_slice_in_dim(total, here + part, start, axis=1)
-
-    zeros = tuple(jnp.zeros_like(x, dtype=jnp.float32) for x in (q, k, v))
-    dq, dk, dv = lax.fori_loop(0, count, step, zeros)
-    return dq.astype(q.dtype), dk.astype(q.dtype), dv.astype(q.dtype), None
+    return *attention_xla.backward(*residuals, *cotangents), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
-
-
-# --- xla ---
-
-_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-
-
-def _scores(q, k):
-    return _einsum("btnd,bknd->bntk", q, k) / math.sqrt(q.shape[-1])
-
-
-def _key_chunks(q, k, v, length):
-    """How the plain form walks over long keys: a function of i giving (start, k_i, v_i, valid), the length of
-    a chunk, and the number of chunks that hold keys. The last chunk starts early rather than end late; the
-    keys it repeats are not valid."""
-    (B, T, N, _), K = q.shape, k.shape[1]
-    size = math.ceil(K / math.ceil(K / max(128, MAX_SCORES // (B * T * N))))
-    length = K if length is None else length
-
-    def chunk(i):
-        start = jnp.minimum(i * size, K - size)
-        index = start + jnp.arange(size)
-        exists = (index < length)[:, None, None]
-        # A weight of zero does not silence a NaN: what does not exist must not take part.
-        k_i, v_i = (jnp.where(exists, lax.dynamic_slice_in_dim(x, start, size, axis=1), 0) for x in (k, v))
-        return start, k_i, v_i, (index >= i * size) & (index < length)
-
-    return chunk, size, (length + size - 1) // size
-
-
-def _xla(q, k, v, length):
-    chunk, size, count = _key_chunks(q, k, v, length)
-
-    def attend(i):
-        _, k_i, v_i, valid = chunk(i)
-        s = jnp.where(valid, _scores(q, k_i), -jnp.inf)
-        peak = jnp.max(s, axis=-1, initial=NO_KEYS)
-        weights = jnp.exp(s - peak[..., None])
-        total = jnp.sum(weights, axis=-1)
-        total = jnp.where(total > 0, total, 1)
-        out = _einsum("bntk,bknd->btnd", weights.astype(v.dtype), v_i) / _per_query(total)
-        return out, peak + jnp.log(total)
-
-    held = attend(0)
-    if size < k.shape[1]:
-        held = lax.fori_loop(1, count, lambda i, held: merge(*zip(held, attend(i), strict=True)), held)
-    return held
 
 
 # --- hopper ---

@@ -21,7 +21,8 @@ import numpy as np
 from jax_causal import bench_ceilings, bench_profile, rollout, transformer
 from jax_causal.bench_ceilings import Ceilings, Operations
 from jax_causal.bench_rows import BOUNDARIES, COMMUNICATION, FIRST_FRAME, PROFILE, Row, check_rows
-from jax_causal.pipeline import Pipeline, decode_chunk, encode_text
+from jax_causal.components import decode_chunk, encode_text
+from jax_causal.pipeline import Pipeline
 from jax_causal.request import Request, prepare
 from jax_causal.timings import CompileClock
 

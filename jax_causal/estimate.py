@@ -14,13 +14,10 @@ import os
 import jax
 import jax.numpy as jnp
 
-from jax_causal import attention, modules, vae
+from jax_causal import attention, attention_xla, modules, vae
+from jax_causal.components import COMPONENTS
 from jax_causal.config import ModelConfig
 from jax_causal.rollout import RolloutSpec
-from jax_causal.text import UMT5Encoder
-from jax_causal.transformer import CausalDiT
-
-WEIGHTS = {"transformer": CausalDiT, "vae": vae.VAE, "text_encoder": UMT5Encoder}
 
 # Full-resolution feature maps alive at once in the VAE: a residual block's input, its three taps side by side, what
 # comes out, and the same again while the next one starts.
@@ -53,7 +50,7 @@ def memory_estimate(
     state = jax.eval_shape(functools.partial(vae.init_decoder_state, config.vae, batch, height, width, dtype))
     return {
         name: _nbytes(modules.abstract(module, getattr(config, name), dtype=dtype))
-        for name, module in WEIGHTS.items()
+        for name, module in COMPONENTS.items()
         if getattr(config, name) is not None
     } | {
         "kv_cache": 2 * dit.num_layers * batch * cached * dit.dim * size,
@@ -68,7 +65,7 @@ def memory_estimate(
 def summary(parts: dict[str, int]) -> dict[str, int]:
     """`memory_estimate` in the five parts worth showing."""
     return {
-        "weights": sum(parts.get(name, 0) for name in WEIGHTS),
+        "weights": sum(parts.get(name, 0) for name in COMPONENTS),
         "KV cache": parts["kv_cache"],
         "text": parts["text_kv"],
         "block": parts["block_activations"],
@@ -95,7 +92,7 @@ def mend(parts: dict[str, int], spec: RolloutSpec, dtype) -> str:
     window = sink + max(2, (spec.layout.capacity - sink) // (2 * block)) * block
     if largest == "kv_cache" and window < spec.layout.capacity:
         return f"--window {window}"
-    if largest in WEIGHTS:
+    if largest in COMPONENTS:
         return "a smaller model"
     return "a smaller --height and --width"
 
@@ -107,7 +104,7 @@ def _scores(spec: RolloutSpec, tokens: int, cached: int, dtype) -> int:
     if attention.choose_backend(getattr(spec.parallel, "backend", "auto"), query) != "xla":
         return 0
     rows = tokens * heads
-    chunks = math.ceil(cached / max(128, attention.MAX_SCORES // rows))
+    chunks = math.ceil(cached / max(128, attention_xla.MAX_SCORES // rows))
     return 2 * 4 * rows * math.ceil(cached / chunks)
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_causal import pipeline, rollout, sampling, transformer
+from jax_causal import components, rollout, sampling, transformer
 from jax_causal.config import ModelConfig
 from jax_causal.evaluation import Prompt
 from jax_causal.model_folder import read_config
@@ -64,7 +64,7 @@ def reconstruction(pipe: Pipeline) -> Make:
         params = pipe.params["vae"]
         dtype = jax.tree.leaves(params)[0].dtype
         video = jnp.asarray(to_model_range(render(prompts, seeds)), dtype)
-        return decode(config, spec, params, pipeline.encode_video(config.vae, spec.framing, params, video))
+        return decode(config, spec, params, components.encode_video(config.vae, spec.framing, params, video))
 
     return make
 
@@ -116,7 +116,7 @@ class ManyStep:
             raise ValueError(
                 f"{folder} holds a few-step causal model: --teacher takes a bidirectional one, and this goes to --model"
             )
-        params, tokenizer = pipeline.restore(config, Path(folder), jnp.dtype(dtype), SingleDevice())
+        params, tokenizer = components.restore(config, Path(folder), jnp.dtype(dtype), SingleDevice())
         for part in ("transformer", "vae", "text_encoder"):
             if part not in params:
                 raise FileNotFoundError(f"{folder} has no {part}: a teacher needs its own")
@@ -128,7 +128,7 @@ class ManyStep:
         frames = num_latent_frames(config.vae, config.num_frames)
         # As a causal rollout draws it: video i of either model begins with the same noise.
         noise, _ = rollout.draw_noise(spec, keys, np.int32(0), frames, jnp.dtype("float32"))
-        encode = functools.partial(pipeline.encode_text, config.text_encoder, self.params["text_encoder"])
+        encode = functools.partial(components.encode_text, config.text_encoder, self.params["text_encoder"])
         context = encode(*self.tokenizer([p.text for p in prompts]))
         tokens = self._sample(
             self.params["transformer"], context, noise, null_context=encode(*empty_prompt(self.tokenizer))
@@ -149,7 +149,7 @@ def decode(config: ModelConfig, spec: RolloutSpec, params, tokens) -> np.ndarray
     block = config.sampler.frames_per_block
     chunks, state = [], None
     for start in range(0, tokens.shape[1], block):
-        frames, state = pipeline.decode_chunk(
+        frames, state = components.decode_chunk(
             config.vae, spec.framing, params, tokens[:, start : start + block], state, first=start == 0
         )
         chunks.append(np.asarray(frames))

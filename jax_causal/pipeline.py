@@ -8,59 +8,22 @@ for chunk in pipe.stream("a red ball rolls to the right"):  # uint8 [t, H, W, 3]
 
 from __future__ import annotations
 
-import functools
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_causal import checkpoint, modules, rollout, transformer
-from jax_causal.config import PRESETS, ModelConfig, VAEConfig
+from jax_causal import checkpoint, components, rollout, transformer
+from jax_causal.config import PRESETS, ModelConfig
 from jax_causal.model_folder import check_kind, find_model, incomplete
 from jax_causal.parallel import Parallel, SingleDevice
 from jax_causal.request import Request, prepare
-from jax_causal.rollout import Framing
-from jax_causal.text import UMT5Encoder
+from jax_causal.timings import Phases, Report
 from jax_causal.tokenizer import Tokenizer, load_tokenizer
-from jax_causal.vae import VAE, to_uint8
-from jax_causal.vae_layers import ACTIVATION_AXES
 from jax_causal.video import Video
-
-# Called with a phase ("text", "encode", "denoise", "context", "decode") and the seconds it took.
-Report = Callable[[str, float], None]
-
-COMPONENTS = {"transformer": transformer.CausalDiT, "vae": VAE, "text_encoder": UMT5Encoder}
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def encode_text(config, params, ids, mask) -> jax.Array:
-    """Prompt embeddings [B, L, D] of token ids and mask [B, L]; zero at the padding."""
-    return modules.bind(UMT5Encoder, config, params)(ids, mask)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "framing", "first"), donate_argnames="state")
-def decode_chunk(config: VAEConfig, framing: Framing, params, tokens, state, *, first: bool):
-    """Patch tokens [B, F, S, 4C] to uint8 video [B, T, H, W, 3], and the decoder's next state (donated)."""
-    constrain = framing.parallel.constrain
-    decode = modules.bind(VAE, config, params).decode
-    video, state = decode(framing.from_tokens(tokens), state, first=first, constrain=constrain)
-    video = to_uint8(video)
-    if jax.process_count() > 1:  # a process can read only what its own devices hold
-        video = constrain(video, (None,) * video.ndim)
-    # Left alone, what a chunk does not touch comes back whole, and the next chunk compiles once more.
-    return video, tuple(constrain(x, ACTIVATION_AXES) for x in state)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "framing"))
-def encode_video(config: VAEConfig, framing: Framing, params, video):
-    """Video [B, T, H, W, 3] in [-1, 1] to patch tokens [B, F, S, 4C] of its latents."""
-    encode = modules.bind(VAE, config, params).encode
-    latents, _ = encode(video, None, first=True, constrain=framing.parallel.constrain)
-    return framing.to_tokens(latents)
 
 
 class Pipeline:
@@ -119,7 +82,9 @@ class Pipeline:
         """
         config, folder = find_model(name_or_folder)
         parallel = (parallel or SingleDevice()).for_model(config)
-        params, tokenizer = restore(config, folder, jnp.dtype(dtype), parallel, text_encoder=text_encoder)
+        params, tokenizer = components.restore(
+            config, folder, jnp.dtype(dtype), parallel, text_encoder=text_encoder
+        )
         return cls(config, params, tokenizer, parallel=parallel, window=window, sink=sink, folder=folder)
 
     @classmethod
@@ -141,18 +106,7 @@ class Pipeline:
         """
         config = PRESETS[model] if isinstance(model, str) else model
         parallel = (parallel or SingleDevice()).for_model(config)
-        # The rbg generator compiles several times faster than threefry over a model's many leaves.
-        keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(COMPONENTS))
-        params = {}
-        for key, (component, module) in zip(keys, COMPONENTS.items(), strict=True):
-            if not text_encoder and component == "text_encoder":
-                continue
-            if (part := getattr(config, component)) is not None:
-                shardings = parallel.shardings(modules.abstract(module, part), component)
-                init = functools.partial(modules.init, module, part, dtype=jnp.dtype(dtype))
-                params[component] = _laid_out(
-                    component, jax.jit(init, out_shardings=shardings)(key), parallel
-                )
+        params = components.init(config, seed, jnp.dtype(dtype), parallel, text_encoder=text_encoder)
         tokenizer = None
         if text_encoder and config.tokenizer is not None and not config.tokenizer.needs_file:
             tokenizer = load_tokenizer(config.tokenizer, None, config.text_encoder.max_length)
@@ -275,14 +229,14 @@ class Pipeline:
     def _frames(self, request: Request, tokens, report) -> Iterator[np.ndarray]:
         """Decoded chunks on the host, the work for the next block always dispatched before one is awaited."""
         ready, state, framing = deque(), None, request.spec.framing
-        timed = _Phases(report)
+        timed = Phases(report)
         for block in self._blocks(request, tokens, timed):
             while ready:
                 yield self._to_host(request, ready.popleft())
             # The first latent frame alone decodes to one video frame.
             cuts = [1] if state is None and block.shape[1] > 1 else []
             for piece in jnp.split(block, cuts, axis=1):
-                frames, state = decode_chunk(
+                frames, state = components.decode_chunk(
                     self.config.vae, framing, self.params["vae"], piece, state, first=state is None
                 )
                 timed("decode", frames)
@@ -304,7 +258,7 @@ class Pipeline:
         timed.start()
         embeds = request.prompt_embeds
         if embeds is None:
-            embeds = encode_text(self.config.text_encoder, self.params["text_encoder"], *tokens)
+            embeds = components.encode_text(self.config.text_encoder, self.params["text_encoder"], *tokens)
         text = rollout.embed_text(spec, params, embeds)
         timed("text", text)
 
@@ -312,9 +266,8 @@ class Pipeline:
         cache = rollout.new_cache(spec, batch, dtype, stacked=stacked)
         begin = 0
         if request.given is not None:
-            clean = encode_video(self.config.vae, spec.framing, self.params["vae"], request.given).astype(
-                dtype
-            )
+            clean = components.encode_video(self.config.vae, spec.framing, self.params["vae"], request.given)
+            clean = clean.astype(dtype)
             clean = jnp.broadcast_to(clean, (batch, *clean.shape[1:]))
             timed("encode", clean)
             for start, size in rollout.initial_blocks(clean.shape[1], spec.sampler):
@@ -377,55 +330,3 @@ class Pipeline:
                 "together; convert both from one source"
             )
         return ids, mask
-
-
-class _Phases:
-    """Times phases if somebody listens; otherwise nothing waits for the device."""
-
-    def __init__(self, report: Report | None):
-        self.report = report
-        self.start()
-
-    def start(self):
-        self.began = time.perf_counter()
-
-    def __call__(self, phase, result):
-        if self.report:
-            jax.block_until_ready(result)
-            self.report(phase, time.perf_counter() - self.began)
-            self.start()
-
-
-def restore(
-    config: ModelConfig, folder: Path, dtype, parallel: Parallel, *, text_encoder: bool = True
-) -> tuple[dict, Tokenizer | None]:
-    """Parameters of the components that a model folder has, in the form that they are run in, and its tokenizer, if
-    it has a text encoder. Without `text_encoder` it is as if the folder had none."""
-    missing = set(checkpoint.missing(folder)) | (set() if text_encoder else {"text_encoder"})
-    tokenizer = None
-    if "text_encoder" not in missing and config.tokenizer is not None:
-        length = config.text_encoder.max_length
-        tokenizer = load_tokenizer(config.tokenizer, folder / "tokenizer", length)
-    params = {}
-    for component in COMPONENTS:
-        if component not in missing:
-            loaded = checkpoint.restore(folder / component, _abstract(config, component, dtype, parallel))
-            params[component] = _laid_out(component, loaded, parallel)
-    return params, tokenizer
-
-
-def _laid_out(component: str, params: dict, parallel: Parallel) -> dict:
-    """Parameters just loaded, which nobody else holds, in the form that they are run in."""
-    if component == "transformer" and parallel.unrolled:
-        return transformer.unroll(params, consume=True)
-    return params
-
-
-def _abstract(config: ModelConfig, component: str, dtype, parallel: Parallel):
-    """Shapes with the shardings they are to be restored onto."""
-    shapes = modules.abstract(COMPONENTS[component], getattr(config, component), dtype=dtype)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        parallel.shardings(shapes, component),
-    )

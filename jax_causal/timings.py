@@ -3,8 +3,34 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
+import jax
 import jax.monitoring
+
+# Called with a phase ("text", "encode", "denoise", "context", "decode") and the seconds it took.
+Report = Callable[[str, float], None]
+
+
+class Phases:
+    """Times phases if somebody listens; otherwise nothing waits for the device.
+
+    timed = Phases(report)
+    timed("text", what_the_phase_computes)  # since it was made, the phase before ended, or `start`
+    """
+
+    def __init__(self, report: Report | None):
+        self.report = report
+        self.start()
+
+    def start(self):
+        self.began = time.perf_counter()
+
+    def __call__(self, phase, result):
+        if self.report:
+            jax.block_until_ready(result)
+            self.report(phase, time.perf_counter() - self.began)
+            self.start()
 
 
 class CompileClock:

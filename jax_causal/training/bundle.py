@@ -12,8 +12,8 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from jax_causal import checkpoint, modules
+from jax_causal.components import COMPONENTS
 from jax_causal.model_folder import find_model
-from jax_causal.pipeline import COMPONENTS
 
 LARGEST_BYTES, MOST_PARAMETERS = 20_000_000, 10_000_000
 

@@ -204,6 +204,25 @@ def velocity_error(v, noise, x0, tokens: int):
     return token_mean(jnp.square(v - (noise - x0)), tokens)
 
 
+def dmd_loss(x, real, fake, tokens: int):
+    """Loss [] whose gradient in `x` is that of distribution matching, and the mean size [] of that direction.
+
+    Args:
+      x: generated samples [B, F, S, C]; the only argument with a gradient.
+      real, fake: clean predictions of teacher and critic for `x` with noise, fp32.
+      tokens: of a frame that count; see `token_mean`.
+
+    The direction is (fake - real) / mean |x - real|, the mean over all but the batch (DMD, arXiv:2405.14867, equation
+    8), and zero where that is. What is not a number stays so: the trainer is to see it.
+    """
+    x = x.astype(jnp.float32)
+    fixed, real, fake = jax.lax.stop_gradient((x, real, fake))
+    scale = token_mean(jnp.abs(fixed - real), tokens, each=True)
+    direction = jnp.where(scale == 0, 0, (fake - real) / scale)
+    loss = 0.5 * token_mean(jnp.square(x - (fixed - direction)), tokens)
+    return loss, token_mean(jnp.abs(direction), tokens)
+
+
 def token_mean(x, tokens: int, *, each: bool = False):
     """Mean [] of x [B, F, S, C] over the first `tokens` of every frame: what follows is a mesh's padding. With `each`,
     of every sample apart, [B, 1, 1, 1]."""

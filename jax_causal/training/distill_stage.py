@@ -24,7 +24,6 @@ import functools
 from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +39,7 @@ from jax_causal.training import data, diffusion, optim, previews
 from jax_causal.training.causal_stage import gapped_frames
 from jax_causal.training.config import TrainConfig
 from jax_causal.training.folder import Components, placed
-from jax_causal.training.self_forcing import last_pass, roll_out
+from jax_causal.training.self_forcing import Rollouts, last_pass, roll_out
 from jax_causal.training.stage import step_key
 
 
@@ -76,21 +75,6 @@ class Options:
     latest: float = 980.0
     longest_gap: int = 0
     gap_share: float = 0.5
-
-
-class Rollouts(NamedTuple):
-    """Clips that the generator rolled out; see `self_forcing.roll_out`.
-
-    Attributes:
-      context: their prompts' embeddings [B, text, text dim].
-      inputs, clean: [B, F, S, 4C].
-      exit_step: int32 [].
-    """
-
-    context: jax.Array
-    inputs: jax.Array
-    clean: jax.Array
-    exit_step: jax.Array
 
 
 class DistillStage:
@@ -247,12 +231,12 @@ class DistillStage:
     def generator_loss(self, params, critic, key, rollouts: Rollouts, frames, negative, frozen):
         """DMD on the last pass of rollouts; the gradient stays inside that pass."""
         params = diffusion.computed(params, self.config)
-        context, inputs, clean, exit_step = rollouts
-        x = last_pass(self.spec, params, context, inputs, clean, exit_step, frames, remat=self.config.remat)
+        x = last_pass(self.spec, params, rollouts, frames, remat=self.config.remat)
         keys = jax.random.split(key)
         t, sigma = self.draw_times(keys[0], len(x))
         noise = self.setting.noise(keys[1], len(x), self.config.dtype)
         noisy = flow.add_noise(jax.lax.stop_gradient(x), noise, sigma)
+        context = rollouts.context
         real = self.score(frozen["teacher"], noisy, t, sigma, context)
         if self.options.guidance != 1:
             without = diffusion.encode_prompts(self.model, frozen["text_encoder"], negative[None])
@@ -261,7 +245,7 @@ class DistillStage:
                 real, self.score(frozen["teacher"], noisy, t, sigma, without), self.options.guidance
             )
         fake = self.score(critic, noisy, t, sigma, context)
-        loss, size = dmd_loss(x, real, fake, self.setting.tokens)
+        loss, size = diffusion.dmd_loss(x, real, fake, self.setting.tokens)
         return loss, {"loss": loss, "direction": size}
 
     def critic_loss(self, params, key, rollouts: Rollouts):
@@ -346,22 +330,3 @@ def _read_prompts(path: str) -> list[str]:
     if not any(lines):
         raise ValueError(f"config.options.prompts: {path} holds no prompts: write one on each line")
     return [line for line in lines if line]
-
-
-def dmd_loss(x, real, fake, tokens: int):
-    """Loss [] whose gradient in `x` is that of distribution matching, and the mean size [] of that direction.
-
-    Args:
-      x: generated samples [B, F, S, C]; the only argument with a gradient.
-      real, fake: clean predictions of teacher and critic for `x` with noise, fp32.
-      tokens: of a frame that count; see `diffusion.token_mean`.
-
-    The direction is (fake - real) / mean |x - real|, the mean over all but the batch (DMD, equation 8), and zero where
-    that is. What is not a number stays so: the trainer is to see it.
-    """
-    x = x.astype(jnp.float32)
-    fixed, real, fake = jax.lax.stop_gradient((x, real, fake))
-    scale = diffusion.token_mean(jnp.abs(fixed - real), tokens, each=True)
-    direction = jnp.where(scale == 0, 0, (fake - real) / scale)
-    loss = 0.5 * diffusion.token_mean(jnp.square(x - (fixed - direction)), tokens)
-    return loss, diffusion.token_mean(jnp.abs(direction), tokens)

@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 
 from jax_causal import modules
+from jax_causal.components import COMPONENTS
 from jax_causal.config import ModelConfig
 from jax_causal.parallel import Parallel
-from jax_causal.pipeline import COMPONENTS
 from jax_causal.training import stage as stages
 from jax_causal.training import trainer
 from jax_causal.training.config import TrainConfig

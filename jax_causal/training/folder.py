@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from jax_causal import checkpoint, modules
+from jax_causal.components import COMPONENTS
 from jax_causal.config import ModelConfig, preset
 from jax_causal.parallel import Parallel
-from jax_causal.pipeline import COMPONENTS
 from jax_causal.training.config import TrainConfig, changes
 
 

@@ -10,6 +10,8 @@ Source: Self-Forcing (arXiv:2506.08009), algorithm 1.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,21 @@ from jax_causal import flow, rollout, transformer
 from jax_causal.cache import Placement
 from jax_causal.rollout import RolloutSpec
 from jax_causal.transformer import TextKV
+
+
+class Rollouts(NamedTuple):
+    """Clips that were rolled out.
+
+    Attributes:
+      context: their prompts' embeddings [B, text, text dim].
+      inputs, clean: [B, F, S, 4C], from `roll_out`.
+      exit_step: int32 [], one for all clips.
+    """
+
+    context: jax.Array
+    inputs: jax.Array
+    clean: jax.Array
+    exit_step: jax.Array
 
 
 def roll_out(spec: RolloutSpec, params, text: TextKV, noise, renoise, exit_step, frames):
@@ -72,12 +89,12 @@ def roll_out(spec: RolloutSpec, params, text: TextKV, noise, renoise, exit_step,
     return tuple(jnp.moveaxis(y, 0, 1).reshape(noise.shape) for y in (x, x0))
 
 
-def last_pass(spec: RolloutSpec, params, context, inputs, clean, exit_step, frames, *, remat: bool = False):
+def last_pass(spec: RolloutSpec, params, rollouts: Rollouts, frames, *, remat: bool = False):
     """The last denoising pass of every block of a rollout again, with gradient in `params`: x0 [B, F, S, 4C], fp32.
 
-    Takes what `roll_out` took and returned, and prompt embeddings [B, text, text dim]. `remat`: see
-    `transformer.CausalDiT`.
+    `frames` are those that `roll_out` took. `remat`: see `transformer.CausalDiT`.
     """
+    context, inputs, clean, exit_step = rollouts
     network = transformer.bind(spec.transformer, params, remat=remat)
     times = jnp.asarray(flow.warp(spec.sampler.steps, spec.sampler.shift))
     t = jnp.full((inputs.shape[0], 1), times[exit_step])

@@ -12,8 +12,9 @@ from flax.traverse_util import flatten_dict
 from orbax.checkpoint import v1 as ocp
 
 from converters import names
-from converters.convert import MODULES, main
+from converters.convert import main
 from jax_causal import checkpoint, modules
+from jax_causal.components import COMPONENTS
 from jax_causal.config import ModelConfig
 from jax_causal.tokenizer import load_tokenizer
 from tests import torch_writer
@@ -30,14 +31,14 @@ def config_of(folder) -> ModelConfig:
 def stored(folder, component):
     """The component as the model folder says it is."""
     config = getattr(config_of(folder), component)
-    return checkpoint.restore(folder / component, modules.abstract(MODULES[component], config))
+    return checkpoint.restore(folder / component, modules.abstract(COMPONENTS[component], config))
 
 
 def expected(folder, component, scale=1):
     """What `names.to_params`, checked elsewhere, makes of the golden weights."""
     weights = {key: value * scale for key, value in checkpoints.original(component).items()}
     config = getattr(config_of(folder), component)
-    return names.to_params(component, weights, modules.abstract(MODULES[component], config))
+    return names.to_params(component, weights, modules.abstract(COMPONENTS[component], config))
 
 
 def assert_stored(folder, component, scale=1):
@@ -95,7 +96,7 @@ def test_an_original_wan_folder(tmp_path, tokenizer_model):
     (tmp_path / "wan" / "google" / "umt5-xxl").mkdir(parents=True)
     shutil.copy(tokenizer_model, tmp_path / "wan" / "google" / "umt5-xxl")
     report = convert(tmp_path / "wan", tmp_path / "out")
-    for component in MODULES:
+    for component in COMPONENTS:
         assert_stored(tmp_path / "out", component)
     assert config_of(tmp_path / "out").kind == "bidirectional"
     assert config_of(tmp_path / "out").transformer.text_length == 16
@@ -109,7 +110,7 @@ def test_a_diffusers_folder_with_its_tokenizer(tmp_path, tokenizer_model):
     (tmp_path / "pipeline" / "tokenizer").mkdir()
     shutil.copy(tokenizer_model, tmp_path / "pipeline" / "tokenizer")
     convert(tmp_path / "pipeline", tmp_path / "out", kind="causal-distilled")
-    for component in MODULES:
+    for component in COMPONENTS:
         assert_stored(tmp_path / "out", component)
     config = config_of(tmp_path / "out")
     assert config.kind == "causal-distilled"

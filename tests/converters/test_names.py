@@ -8,13 +8,11 @@ from flax.traverse_util import flatten_dict
 
 from converters import layouts, names
 from jax_causal import modules
+from jax_causal.components import COMPONENTS
 from jax_causal.config import preset
-from jax_causal.text import UMT5Encoder
 from jax_causal.transformer import CausalDiT
-from jax_causal.vae import VAE
 from tests.converters import checkpoints, manifests
 
-MODULES = {"transformer": CausalDiT, "vae": VAE, "text_encoder": UMT5Encoder}
 # manifest, component, preset, what num_elements counts twice
 FORMATS = [
     ("wan2_1_t2v_1_3b_dit", "transformer", "wan-1.3b", 0),
@@ -44,7 +42,7 @@ def test_presets_match_the_manifests_exactly(manifest, component, size, tied):
     found, keys = layouts.to_original(shapes)
     assert found == component
     config = getattr(preset(size), component)
-    abstract = modules.abstract(MODULES[component], config)
+    abstract = modules.abstract(COMPONENTS[component], config)
     plan = names.leaves(component, abstract)
     names.check(component, plan, {key: shapes[theirs] for key, theirs in keys.items()})
 
@@ -52,7 +50,7 @@ def test_presets_match_the_manifests_exactly(manifest, component, size, tied):
     assert modules.num_parameters(abstract) == num_elements - tied
 
 
-@pytest.mark.parametrize("component", MODULES)
+@pytest.mark.parametrize("component", COMPONENTS)
 def test_presets_are_recovered_from_shapes(component):
     manifest = {
         "transformer": "wan2_1_t2v_14b_dit",
@@ -67,12 +65,12 @@ def params_of(component):
     weights = checkpoints.original(component)
     fields = {"num_heads": checkpoints.num_heads()} if component == "transformer" else {}
     config = layouts.infer_config(component, {k: v.shape for k, v in weights.items()}, **fields)
-    abstract = modules.abstract(MODULES[component], config)
+    abstract = modules.abstract(COMPONENTS[component], config)
     return weights, names.to_params(component, weights, abstract), abstract
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("component", MODULES)
+@pytest.mark.parametrize("component", COMPONENTS)
 def test_every_value_arrives_exactly_once(component):
     weights, params, abstract = params_of(component)
     params = flatten_dict(params)
@@ -154,7 +152,7 @@ PLACES = {
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("component", MODULES)
+@pytest.mark.parametrize("component", COMPONENTS)
 def test_tensors_are_where_they_belong(component):
     weights, params, _ = params_of(component)
     last = max((int(key.split(".")[1]) for key in weights if key.startswith("blocks.")), default=0)

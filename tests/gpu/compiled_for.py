@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from jax_causal import attention, config, environment, modules, pipeline, rollout, transformer, vae
+from jax_causal import attention, components, config, environment, modules, rollout, transformer, vae
 from jax_causal.parallel import SingleDevice
 from sharding.hlo import Instruction, Program
 
@@ -84,7 +84,7 @@ def compile_text(stage: str, layers: int) -> str:
         function, arguments = functools.partial(rollout.denoise_block.lower, spec), _denoising(spec)
     else:
         function = functools.partial(
-            pipeline.decode_chunk.lower, MODEL.vae, spec.framing, first=stage == "first"
+            components.decode_chunk.lower, MODEL.vae, spec.framing, first=stage == "first"
         )
         arguments = _decoding(spec, first=stage == "first")
     arguments = jax.tree.map(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_causal import attention as attn
-from jax_causal import attention_hopper, attention_pallas
+from jax_causal import attention_hopper, attention_pallas, attention_xla
 from jax_causal.attention import attention, attention_with_lse, choose_backend, merge
 
 CPU, A100, H200 = ("cpu", (0,)), ("gpu", (8, 0)), ("gpu", (9, 0))
@@ -60,7 +60,7 @@ def relative_norm(actual, expected):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Makes the plain form walk over more than 128 keys in several chunks."""
-    monkeypatch.setattr(attn, "MAX_SCORES", 1)
+    monkeypatch.setattr(attention_xla, "MAX_SCORES", 1)
 
 
 # Queries and keys that do and do not fill a kernel's tiles, head dims that are and are not powers of two.

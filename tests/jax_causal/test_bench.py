@@ -25,9 +25,9 @@ from jax_causal import (
     rollout,
 )
 from jax_causal.bench_rows import COMMUNICATION
+from jax_causal.components import decode_chunk
 from jax_causal.config import PRESETS, SamplerConfig, TransformerConfig, VAEConfig
 from jax_causal.generate import Job
-from jax_causal.pipeline import decode_chunk
 from jax_causal.vae import VAE
 from tests.models import SMALL
 

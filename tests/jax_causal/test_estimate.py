@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_causal import estimate, modules, pipeline, rollout, transformer, vae
+from jax_causal import components, estimate, modules, rollout, transformer, vae
 from jax_causal.config import PRESETS
 from jax_causal.rollout import RolloutSpec
 
@@ -81,7 +81,7 @@ def test_activations_are_within_a_third_of_what_xla_plans():
     assert planned / 1.34 < parts["block_activations"] < planned * 1.34
 
     state = _abstract(vae.init_decoder_state(TINY.vae, 1, 96, 96))
-    decode = pipeline.decode_chunk.lower(
+    decode = components.decode_chunk.lower(
         TINY.vae, spec.framing, modules.abstract(vae.VAE, TINY.vae), tokens, state, first=False
     )
     planned = decode.compile().memory_analysis().temp_size_in_bytes

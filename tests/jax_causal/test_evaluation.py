@@ -19,9 +19,9 @@ from jax_causal import (
     sampling,
     transformer,
 )
+from jax_causal.components import COMPONENTS, encode_text
 from jax_causal.config import SamplerConfig, VAEConfig
 from jax_causal.evaluation import ATTRIBUTES, SETS, Outcomes, Variant
-from jax_causal.pipeline import COMPONENTS, encode_text
 from jax_causal.tokenizer import load_tokenizer
 from jax_causal.training import captions, world
 from jax_causal.vae import VAE, to_uint8

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from jax_causal import Pipeline, checkpoint, cli, environment, estimate, generate, modules
+from jax_causal.components import COMPONENTS
 from jax_causal.config import PRESETS, TokenizerConfig
-from jax_causal.pipeline import COMPONENTS
 from jax_causal.timings import Timings
 from jax_causal.video import VideoWriter, read_video
 from tests.models import SMALL

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from jax_causal import Pipeline, checkpoint, modules, rollout, transformer
+from jax_causal.components import COMPONENTS, encode_text
 from jax_causal.config import PRESETS, ModelConfig, SamplerConfig, TransformerConfig, VAEConfig
 from jax_causal.parallel import SingleDevice
-from jax_causal.pipeline import COMPONENTS, encode_text
 from jax_causal.vae import VAE, to_uint8
 
 SMALL = dataclasses.replace(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jax_causal import Pipeline, checkpoint, modules, rollout
+from jax_causal.components import COMPONENTS, decode_chunk, encode_text
 from jax_causal.config import (
     PRESETS,
     SamplerConfig,
@@ -16,7 +17,6 @@ from jax_causal.config import (
     TransformerConfig,
     VAEConfig,
 )
-from jax_causal.pipeline import COMPONENTS, decode_chunk, encode_text
 from sharding import SequenceParallel
 from tests.sharding import seeded
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jax_causal import modules, rollout
+from jax_causal.components import decode_chunk
 from jax_causal.config import PRESETS, VAEConfig
-from jax_causal.pipeline import decode_chunk
 from jax_causal.rollout import RolloutSpec
 from jax_causal.vae import VAE
 from jax_causal.vae_layers import ACTIVATION_AXES

@@ -12,7 +12,7 @@ import pytest
 
 from jax_causal import flow, modules, rope, transformer
 from jax_causal.text import UMT5Encoder
-from jax_causal.training import captions, data, diffusion, distill_stage, optim, world
+from jax_causal.training import captions, data, diffusion, optim, world
 from jax_causal.training.causal_stage import Options, gapped_frames
 from sharding import SequenceParallel
 from sharding.hlo import Program
@@ -264,7 +264,7 @@ def test_guidance(monkeypatch):
 
     calls, original = [], stage.score
     monkeypatch.setattr(stage, "score", score)
-    monkeypatch.setattr(distill_stage, "dmd_loss", capture)
+    monkeypatch.setattr(diffusion, "dmd_loss", capture)
     params, critic, keys = (
         state["generator"]["params"],
         state["critic"]["params"],

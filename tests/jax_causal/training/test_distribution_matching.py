@@ -17,7 +17,7 @@ import pytest
 
 from jax_causal import flow
 from jax_causal.training import diffusion
-from jax_causal.training.distill_stage import dmd_loss
+from jax_causal.training.diffusion import dmd_loss
 
 MEAN, STD, SHIFT = 1.5, 0.6, 5.0
 SHAPE = (64, 2, 4, 4)  # samples [B, F, S, C]

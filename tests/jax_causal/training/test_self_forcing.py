@@ -131,8 +131,9 @@ def _sequential(params, inputs, clean, exit_step, factors):
     return jnp.concatenate(out, axis=1)
 
 
-def _at_once(params, *rollout, remat=False):
-    return self_forcing.last_pass(SPEC, params, _context(), *rollout, remat=remat)
+def _at_once(params, inputs, clean, exit_step, factors, remat=False):
+    rollouts = self_forcing.Rollouts(_context(), inputs, clean, exit_step)
+    return self_forcing.last_pass(SPEC, params, rollouts, factors, remat=remat)
 
 
 def _attached(params, inputs, clean, exit_step, factors):
