@@ -169,7 +169,11 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure one device and every strategy on --devices (default: all), and project to more",
     )
     group.add_argument(
-        "--project", metavar="N", type=_whole(2), default=8, help="devices to project to with --scaling (8)"
+        "--project",
+        metavar="N",
+        type=_whole(0),
+        default=8,
+        help="devices to project to with --scaling, 0 for none (8)",
     )
     # How bench starts itself, to measure a fresh process: since when it runs.
     parser.add_argument("--since", type=float, help=argparse.SUPPRESS)

@@ -26,6 +26,8 @@ def run(args: argparse.Namespace) -> None:
     for name in ("only", "compare"):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name} is not for --scaling: it measures all of its rows, in one run")
+    if args.project == 1:
+        raise ValueError("--project 1: one device is measured; use 0 for no projection, or 2 or more")
     job = Job.create(args, SingleDevice(), "any prompt")
     devices = pick_devices(args.devices)
     write_json = json_writer(args.json)
@@ -40,13 +42,18 @@ def run(args: argparse.Namespace) -> None:
     )
     only = None if args.strategy in (None, "auto") else args.strategy
     here = scaling.ways(len(devices), only) if len(devices) > 1 else []
-    there = scaling.ways(args.project, only) if args.project != len(devices) else []
+    there = scaling.ways(args.project, only) if args.project not in (0, len(devices)) else []
 
-    measured = [scaling.single(), *(scaling.measure(way, devices) for way in here)]
+    measured = []
+    for way in [None, *here]:
+        measured.append(scaling.measure(way, devices) if way else scaling.single())
+        note(_line(measured[-1], measured[0]))
     link, source = scaling.link(devices)
-    projections = [scaling.project(one.way, link, measured=one) for one in measured[1:]]
-    like = {_kind(projection.way): projection for projection in projections}
-    projections += [scaling.project(way, link, calibration=like.get(_kind(way))) for way in there]
+    projections = []
+    if args.project:
+        projections = [scaling.project(one.way, link, measured=one) for one in measured[1:]]
+        like = {_kind(projection.way): projection for projection in projections}
+        projections += [scaling.project(way, link, calibration=like.get(_kind(way))) for way in there]
     record = job.facts() | {
         "frames": inputs["num_frames"],
         **job.limits,
@@ -66,6 +73,18 @@ def run(args: argparse.Namespace) -> None:
     write_json(record)
     if args.json != "-":
         report(*_sections(record, measured, projections, link))
+
+
+def _line(one: Measured, single: Measured) -> str:
+    """What was found of one way of running, as soon as it is known."""
+    found = []
+    for name in ROWS:
+        row, alone = one.rows[name], single.rows[name].median
+        found.append(
+            f"{name} {_seconds(row.median)} ({_seconds(row.min)} to {_seconds(row.max)}; {alone / row.median:.2f} x)"
+        )
+    found += [f"{name} {one.rows[name].median * 1e3:.3f} ms" for name in COMMUNICATION if name in one.rows]
+    return f"{one.label}, {one.devices} devices: {', '.join(found)}"
 
 
 def _kind(way: Way) -> tuple:
@@ -127,6 +146,8 @@ def _sections(record: dict, measured: list[Measured], projections: list[Projecti
     if profiled := _profiled(measured):
         sections += ["", _communication_table(measured), ""]
         sections += [Text(f"{name}: {BOUNDARIES[name]}", "dim") for name in profiled]
+    if not projections:
+        return sections
     sections += [
         "",
         Text.assemble(("Projection", "bold"), f" of the rollout, not a measurement; link {reach}, {origin}"),
