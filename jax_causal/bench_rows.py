@@ -50,8 +50,8 @@ BOUNDARIES = {
     "peak_memory_all": "the first device's peak in the measuring process, which holds the text encoder as well",
     **{f"profile_{part}": f"{what} in one profiled end-to-end run" for part, what in PROFILE.items()},
     "pass_collectives": "collectives in a pass of the network, waiting for other devices included: the time in which "
-    "one runs, in a profiled rollout, by its passes; median, min and max over the GPUs of this process; where the kernel "
-    "that attends sends by itself, only what it waits for before",
+    "one runs, in a profiled rollout, by its passes; median, min and max over the GPUs of this process. "
+    "Where the kernel that attends sends by itself, only the wait before it",
     "pass_collectives_exposed": "that part of it in which nothing computes on the same device; copies do not count as "
     "computing",
     "product_ceiling": "one large matrix product on one device",
