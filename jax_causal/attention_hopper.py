@@ -7,9 +7,6 @@ ones, so that softmax runs beside the tensor cores (FlashAttention-3, arXiv:2407
 Two such blocks on neighbouring processors, a cluster, walk over the same keys for 128 queries each: a block copies one
 half of every step's keys and values, to both, and so half as much passes from the L2 cache. Which block does what is
 said by `attention_plan`; what several find for the same queries is merged by fp32 statistics, from fp32 outputs.
-
-Where several devices hold whole caches, the first blocks send this device's newest keys and values to the others, while
-all others attend to the past: see `attention_peers`.
 """
 
 from __future__ import annotations
@@ -47,20 +44,11 @@ def attend(q, k, v, length, *, no_keys: float, merge, processors: int) -> tuple[
     """
     (B, T, N, _), K = q.shape, k.shape[1]
     plan = Plan.cheapest(T, B * N, K, processors)
+    q = jnp.pad(q, ((0, 0), (0, -T % 8), (0, 0), (0, 0)))  # the copy engine wants eights of rows
     length = jnp.full((1,), K if length is None else length, jnp.int32)
-    found = forward(pad(q), k, v, length, plan=plan, no_keys=no_keys)
-    return together(T, plan, merge, *found)
-
-
-def pad(q):
-    """Queries [B, T, N, D] with T in eights, as the copy engine wants them."""
-    return jnp.pad(q, ((0, 0), (0, -q.shape[1] % 8), (0, 0), (0, 0)))
-
-
-def together(T: int, plan: Plan, merge, out, lse, *shared) -> tuple[jax.Array, jax.Array]:
-    """`attend` of T queries, from what the kernel gives."""
+    out, lse, *shared = forward(q, k, v, length, plan=plan, no_keys=no_keys)
     if plan.shared:
-        rows = T + -T % 8 - plan.whole * TILE
+        rows = q.shape[1] - plan.whole * TILE
         outs, lses = merge(list(shared[0][:, :, :rows]), list(shared[1][..., :rows]))
         outs = outs.astype(out.dtype)
         if plan.whole:
@@ -79,52 +67,17 @@ def forward(q, k, v, length, *, plan: Plan, no_keys: float):
     """The kernel: out [B, T, N, D], undefined where tiles are shared, and lse [B, N, whole * 128] of whole tiles (both
     smaller and undefined where there are none); of shared ones each run's fp32 out [runs, B, shared * 128, N, D] and
     lse [runs, B, N, shared * 128]. T and K are multiples of 8."""
-    B, _, N, D = q.shape
-    return plgpu.kernel(
-        functools.partial(_kernel, plan=plan, no_keys=no_keys),
-        out_type=out_types(q, plan),
-        scratch_types=scratch_types(D, q.dtype),
-        grid=(sum(plan.clusters(B * N)),),
-        kernel_name="flash_attention_hopper",
-        compiler_params=COMPILER_PARAMS,
-        **THREADS,
-    )(q, k, v, length)
-
-
-# Rows are reduced within a warp, which needs no scratch.
-COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512)
-THREADS = {
-    "grid_names": ("cluster",),
-    "cluster": (CLUSTER,),
-    "cluster_names": ("side",),
-    "num_threads": WORKERS + 1,
-    "thread_name": "warpgroup",
-}
-
-
-def out_types(q, plan: Plan) -> list[jax.ShapeDtypeStruct]:
-    """What the kernel gives; see `forward`."""
     B, T, N, D = q.shape
-    found = [
+    out_type = [
         jax.ShapeDtypeStruct((B, T if plan.whole else 8, N, D), q.dtype),
         jax.ShapeDtypeStruct((B, N, max(plan.whole, 1) * TILE), jnp.float32),
     ]
-    if plan.shared:
-        found += [
-            jax.ShapeDtypeStruct((plan.runs, B, plan.shared * TILE, N, D), jnp.float32),
-            jax.ShapeDtypeStruct((plan.runs, B, N, plan.shared * TILE), jnp.float32),
-        ]
-    return found
-
-
-def scratch_types(D: int, dtype) -> dict:
-    """Shared memory and barriers of a block of threads."""
     # Memory is free when both blocks have used theirs, for both write to both.
     free = plgpu.ClusterBarrier(collective_axes=("side",), num_arrivals=WORKERS, num_barriers=STAGES)
-    return {
-        "q_smem": _swizzled((WORKERS, ROWS, D), dtype),
-        "k_smem": _swizzled((STAGES, BLOCK_K, D), dtype),
-        "v_smem": _swizzled((STAGES, BLOCK_K, D), dtype),
+    scratch = {
+        "q_smem": _swizzled((WORKERS, ROWS, D), q.dtype),
+        "k_smem": _swizzled((STAGES, BLOCK_K, D), q.dtype),
+        "v_smem": _swizzled((STAGES, BLOCK_K, D), q.dtype),
         "lse_smem": plgpu.SMEM((WORKERS, ROWS), jnp.float32),
         "q_ready": plgpu.Barrier(num_barriers=WORKERS),
         "k_ready": plgpu.Barrier(num_barriers=STAGES),
@@ -132,6 +85,25 @@ def scratch_types(D: int, dtype) -> dict:
         "k_free": free,
         "v_free": free,
     }
+    if plan.shared:
+        out_type += [
+            jax.ShapeDtypeStruct((plan.runs, B, plan.shared * TILE, N, D), jnp.float32),
+            jax.ShapeDtypeStruct((plan.runs, B, N, plan.shared * TILE), jnp.float32),
+        ]
+    return plgpu.kernel(
+        functools.partial(_kernel, plan=plan, no_keys=no_keys),
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=(sum(plan.clusters(B * N)),),
+        grid_names=("cluster",),
+        cluster=(CLUSTER,),
+        cluster_names=("side",),
+        num_threads=WORKERS + 1,
+        thread_name="warpgroup",
+        # Rows are reduced within a warp, which needs no scratch.
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
+        kernel_name="flash_attention_hopper",
+    )(q, k, v, length)
 
 
 def _swizzled(shape, dtype):
@@ -154,35 +126,21 @@ def load(source, smem, ready, free, step, together):
         plgpu.copy_gmem_to_smem(source, smem, ready)
 
 
-def _kernel(q_ref, k_ref, v_ref, length_ref, *refs, plan, no_keys, **scratch):
-    heads = q_ref.shape[0] * q_ref.shape[2]
-    place = plan.place(lax.axis_index("cluster"), lax.axis_index("side"), heads)
-    attend_block(
-        q_ref, k_ref, v_ref, length_ref[0], *refs, place=place, plan=plan, no_keys=no_keys, **scratch
-    )
-
-
-def attend_block(
-    q_ref, k_ref, v_ref, length, out_ref, lse_ref, *shared_refs,
-    place, plan, no_keys, fresh=None, arrive=None, **scratch,
-):  # fmt: skip
-    """What one block of threads does. Where `fresh` is given, it reads keys from that number on last, and calls
-    `arrive` before; `length` is then a multiple of 8."""
+def _kernel(q_ref, k_ref, v_ref, length_ref, out_ref, lse_ref, *shared_refs, plan, no_keys, **scratch):
     q_smem, k_smem, v_smem, lse_smem = (scratch[f"{name}_smem"] for name in ("q", "k", "v", "lse"))
     q_ready, k_ready, v_ready, k_free, v_free = (
         scratch[name] for name in ("q_ready", "k_ready", "v_ready", "k_free", "v_free")
     )
-    N = q_ref.shape[2]
+    B, _, N, D = q_ref.shape
     me = lax.axis_index("warpgroup")
+    place = plan.place(lax.axis_index("cluster"), lax.axis_index("side"), B * N)
     batch, head = lax.div(place.head, N), lax.rem(place.head, N)
 
-    # Only the first step can be partly valid.
+    length = length_ref[0]
     start, stop = plan.span(place, lax.div(length + (BLOCK_K - 1), BLOCK_K))
-    count = jnp.maximum(stop - start, 1)  # a run without keys walks over one step of which nothing is valid
-    if fresh is None:
-        keys_of, valid = _backward(start, stop, count, length)
-    else:
-        keys_of, valid, fresh_step = _forward(start, stop, length, fresh)
+    count = jnp.maximum(stop - start, 1)  # a run without keys walks over one tile of which nothing is valid
+    last = start + count - 1  # only this one can be partly valid: it comes first
+    limit = jnp.minimum(length, stop * BLOCK_K)
 
     @pl.when(me == WORKERS)
     def _copy():
@@ -190,9 +148,7 @@ def attend_block(
 
         @pl.loop(0, count)
         def _(step):
-            if fresh is not None:
-                pl.when(step == fresh_step)(arrive)
-            keys = (batch, pl.ds(keys_of(step), BLOCK_K), head)
+            keys = (batch, pl.ds((last - step) * BLOCK_K, BLOCK_K), head)
             load(k_ref.at[keys], k_smem, k_ready, k_free, step, place.together)
             load(v_ref.at[keys], v_smem, v_ready, v_free, step, place.together)
 
@@ -216,10 +172,10 @@ def attend_block(
             (k_smem, k_ready, k_free),
             (v_smem, v_ready, v_free),
             count,
-            valid,
+            limit - last * BLOCK_K,
             no_keys,
         )
-        out, lse_smem[me] = pl.run_scoped(attended, plgpu.ACC((ROWS, q_ref.shape[3]), jnp.float32))
+        out, lse_smem[me] = pl.run_scoped(attended, plgpu.ACC((ROWS, D), jnp.float32))
 
         @pl.when(jnp.logical_not(place.shared))
         def _whole():
@@ -238,28 +194,6 @@ def attend_block(
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(lse_smem.at[me], shared_lse.at[place.run, batch, head, mine])
                 plgpu.wait_smem_to_gmem(0)
-
-
-def _backward(start, stop, count, length):
-    """The first key of every step from the newest keys to the oldest, as a function; and how many of the first step's
-    are valid."""
-    last = start + count - 1
-    return lambda step: (last - step) * BLOCK_K, jnp.minimum(length, stop * BLOCK_K) - last * BLOCK_K
-
-
-def _forward(start, stop, length, fresh):
-    """`_backward` from the oldest keys to the newest, which end with a whole step: the oldest are as many as are left.
-    And the first step with keys from number `fresh` on."""
-    steps = lax.div(length + (BLOCK_K - 1), BLOCK_K)
-    oldest = length - jnp.maximum(steps - 1, 0) * BLOCK_K
-
-    def first(step):
-        index = start + step
-        return pl.multiple_of(jnp.where(index == 0, 0, oldest + (index - 1) * BLOCK_K), 8)
-
-    valid = jnp.where(stop > start, jnp.where(start == 0, oldest, BLOCK_K), 0)
-    fresh_index = jnp.where(fresh < oldest, 0, lax.div(fresh - oldest, BLOCK_K) + 1)
-    return first, valid, jnp.maximum(fresh_index - start, 0)
 
 
 def attend_tile(q, keys, values, count, valid, no_keys, out_acc):

@@ -18,13 +18,13 @@ from pathlib import Path
 import jax
 from jax.profiler import ProfileData
 
-# The first that matches counts: cuDNN's attention kernels have "fprop" in their names, its convolutions "gemm". What
-# a kernel of ours sends while it attends is attention.
+# The first that matches counts: cuDNN's attention kernels have "fprop" in their names, its convolutions "gemm". The
+# kernel that writes to the caches of other devices is a collective, whatever else it computes.
 COMPONENTS = {
     "attention": r"attention|sdpa|fmha",
     "convolutions": r"fprop|conv(?!ert)|winograd",
     "products": r"gemm|gemv|nvjet|cutlass|cublas|dot|ynn|matmul|splitk",
-    "collectives": r"nccl|all-|all_|collective|reduce-scatter|permute|multigpubarrier",
+    "collectives": r"nccl|all-|all_|collective|reduce-scatter|permute|multigpubarrier|into_caches",
     "copies": r"memcpy|memset|^copy|transpose_copy",
     "elementwise": "",
 }

@@ -51,7 +51,7 @@ BOUNDARIES = {
     **{f"profile_{part}": f"{what} in one profiled end-to-end run" for part, what in PROFILE.items()},
     "pass_collectives": "collectives in a pass of the network, waiting for other devices included: the time in which "
     "one runs, in a profiled rollout, by its passes; median, min and max over the GPUs of this process. "
-    "Where the kernel that attends sends by itself, only the wait before it",
+    "The kernel that rotates queries and keys is one where it writes to the caches of other devices",
     "pass_collectives_exposed": "that part of it in which nothing computes on the same device; copies do not count as "
     "computing",
     "product_ceiling": "one large matrix product on one device",

@@ -1,6 +1,10 @@
 """Norms of queries and keys, their rotation, and the write of keys and values to the cache as one kernel for NVIDIA
 Hopper, in Pallas (Mosaic GPU).
 
+Where several devices share the tokens of every frame and each holds the whole cache, the kernel writes a device's keys
+and values to the caches of all: they travel by the stores that put them in their place. Nothing is packed, and nothing
+is copied after it has arrived.
+
 Arithmetic is fp32 from the load to the store, and what is stored is rounded once. The gradient is that of the plain
 form.
 """
@@ -8,15 +12,41 @@ form.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_causal import hopper_rows, rope
-from jax_causal.attention_peers import Peers
 from jax_causal.hopper_rows import HEADS, TOKENS
+
+
+class Peers(NamedTuple):
+    """Devices that share the S tokens of every frame, m each and fewer at the end, and each hold the whole cache.
+
+    Attributes:
+      count: of the devices.
+      tokens: S.
+      axis: of the mesh, along which they lie; the kernel is inside its `shard_map`. None for devices that are not
+        there: this one's rows are then written, in its own cache, to the places of all.
+    """
+
+    count: int
+    tokens: int
+    axis: str | None
+
+    def suit(self, m: int) -> bool:
+        """Whether no block of threads holds both tokens and padding."""
+        return self.count * m == self.tokens or m % TOKENS == self.tokens % TOKENS == 0
+
+
+def can_reach_peers() -> bool:
+    """Whether a kernel can write to other devices of its process: jax calls it experimental, and this is the version
+    that it was tried with."""
+    return jax.__version_info__[:2] == (0, 11)
 
 
 def rotate_into_cache(qkv, scales, table, keys, values, slots, *, eps: float, peers: Peers | None = None):
@@ -30,8 +60,8 @@ def rotate_into_cache(qkv, scales, table, keys, values, slots, *, eps: float, pe
         written in place, and copied before where they are still needed.
       slots: int32 [F], the slot of S keys that each frame goes to.
       eps: of the norms.
-      peers: devices that share the tokens of every frame, which must `suit` m: this one's rows are written to their
-        place among the S of a frame, and to the places of all where the others are not there. Without, S is m.
+      peers: who writes to the cache beside this device, and whose caches it writes to; they must `suit` m. Without, S
+        is m.
 
     Returns:
       Rotated queries [B, F, m, N, D], keys and values of the cache.
@@ -71,33 +101,21 @@ _rotate.defvjp(_rotate_fwd, _rotate_bwd)
 
 def plain_rotate(eps, peers, qkv, scales, factors, keys, values, slots):
     """`rotate_into_cache` without a kernel."""
+    F = qkv.shape[1]
     q, k, v = normalise(qkv, scales, eps)
     table = jnp.stack([factors[0, ..., ::2], factors[1, ..., 1::2]])
     q, k = rope.rotate(q, table), rope.rotate(k, table)
-    keys, values = (_written(x, new, slots, peers) for x, new in ((keys, k), (values, v)))
+    if peers and peers.axis:
+        k, v = (lax.all_gather(x, peers.axis, axis=2, tiled=True) for x in (k, v))
+    elif peers:
+        k, v = (jnp.concatenate([x] * peers.count, axis=2) for x in (k, v))
+    if peers:
+        k, v = k[:, :, : peers.tokens], v[:, :, : peers.tokens]
+    for f in range(F):
+        start = (0, 0, slots[f] * k.shape[2], 0, 0)
+        keys = lax.dynamic_update_slice(keys, k[:, None, f], start)
+        values = lax.dynamic_update_slice(values, v[:, None, f], start)
     return q, keys, values
-
-
-def _written(cache, rows, slots, peers):
-    """`cache` [B, 1, K, N, D] with `rows` [B, F, m, N, D] in the slots, those that are no padding."""
-    m = rows.shape[2]
-    tokens, shares = (peers.tokens, _shares(peers)) if peers else (m, [0])
-    for share in shares:
-        exists = (share * m + jnp.arange(m) < tokens)[:, None, None]
-        cache = jnp.pad(cache, ((0, 0), (0, 0), (0, m), (0, 0), (0, 0)))  # padding may lie behind the end
-        for f in range(rows.shape[1]):
-            start = slots[f] * tokens + share * m
-            old = lax.dynamic_slice_in_dim(cache, start, m, axis=2)
-            cache = lax.dynamic_update_slice_in_dim(
-                cache, jnp.where(exists, rows[:, None, f], old), start, axis=2
-            )
-        cache = cache[:, :, :-m]
-    return cache
-
-
-def _shares(peers: Peers) -> list:
-    """Whose places in the cache a device writes to."""
-    return list(range(peers.count)) if peers.axis is None else [lax.axis_index(peers.axis)]
 
 
 def normalise(qkv, scales, eps: float):
@@ -126,16 +144,9 @@ def _rotate_kernel(eps, peers, qkv, scales, factors, keys, values, slots):
         batch, frame = lax.div(index, F), lax.rem(index, F)
         tokens = hopper_rows.tile(tile, m)
         own = qkv_ref.at[index, tokens, part]
-
-        def place(ref, x):
-            whole, shares = (peers.tokens, _shares(peers)) if peers else (m, [0])
-
-            def write(first):
-                ref[batch, pl.ds(slots_ref[frame] * whole + first, TOKENS)] = x
-
-            for share in shares:
-                first = share * m + tokens.start
-                pl.when(first < whole)(functools.partial(write, first))  # padding has no place
+        # Counts the pieces that others have written to this device's cache.
+        arrived = pl.get_global(plgpu.SemaphoreType.REGULAR) if _travels(peers) else None
+        place = _places(peers, m, arrived)
 
         @pl.when(part < 2)
         def _rotate():
@@ -159,14 +170,23 @@ def _rotate_kernel(eps, peers, qkv, scales, factors, keys, values, slots):
 
             @pl.when(part == 1)
             def _key():
-                place(keys_ref, x)
+                place(keys_ref, batch, slots_ref[frame], tokens, x)
 
         @pl.when(part == 2)
         def _value():
-            place(values_ref, hopper_rows.load(own, HEADS))
+            place(values_ref, batch, slots_ref[frame], tokens, hopper_rows.load(own, HEADS))
+
+        if _travels(peers):
+            last = [lax.axis_index(name) == size - 1 for name, size in grid.items()]
+
+            # The kernel ends when all that the others write to this device's cache is there.
+            @pl.when(last[0] & last[1] & (part == 0))
+            def _wait():
+                arrivals = 2 * grid["frame"] * grid["tile"] * (peers.count - 1)
+                pl.semaphore_wait(arrived, arrivals, decrement=False)
 
     out_type = jax.ShapeDtypeStruct((B * F, m, N, D), qkv.dtype)
-    q = hopper_rows.launch(kernel, out_type, grid, "rotate_into_cache")(
+    q = hopper_rows.launch(kernel, out_type, grid, "rotate_into_caches" if peers else "rotate_into_cache")(
         qkv.reshape(B * F, m, 3, N, D),
         *(x.reshape(N, D) for x in scales),
         factors,
@@ -175,3 +195,40 @@ def _rotate_kernel(eps, peers, qkv, scales, factors, keys, values, slots):
         values_ref,
     )
     return q.reshape(B, F, m, N, D), *(jax.freeze(ref)[:, None] for ref in (keys_ref, values_ref))
+
+
+def _travels(peers: Peers | None) -> bool:
+    return peers is not None and peers.axis is not None and peers.count > 1
+
+
+def _places(peers: Peers | None, m: int, arrived):
+    """A function that writes x, `tokens` of this device's m in a slot, where they belong: to the cache `ref` and to
+    that of every peer. No peer is still reading there: devices wait for each other before such a kernel begins."""
+    count, whole = (peers.count, peers.tokens) if peers else (1, m)
+
+    def place(ref, batch, slot, tokens, x):
+        def at(share, write):
+            first = share * m + tokens.start
+            here = batch, pl.ds(slot * whole + first, TOKENS)
+            if count * m == whole:
+                write(here)
+            else:
+                pl.when(first < whole)(lambda: write(here))  # padding has no place
+
+        if not _travels(peers):
+            for share in range(count):
+                at(share, lambda here: ref.__setitem__(here, x))
+            return
+        me = lax.axis_index(peers.axis)
+        others = [{peers.axis: lax.rem(me + step, count)} for step in range(1, count)]
+
+        def everywhere(here):
+            for other in others:
+                plgpu.remote_ref(ref, other)[here] = x
+            ref[here] = x
+
+        at(me, everywhere)
+        for other in others:
+            pl.semaphore_signal(arrived, device_id=other)
+
+    return place

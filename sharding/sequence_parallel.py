@@ -41,8 +41,8 @@ class SequenceParallel:
       parts: parts that `gather` splits its keys into on each device; divides the tokens of a frame. More than one may
         pay where cuDNN attends with few queries, at a rounding more: `bench --scaling` measures both. The Hopper kernel
         fills a device by itself.
-      direct: whether `gather`, on Hopper GPUs of one process, has the kernel that attends send keys and values too,
-        into the caches of the others (`attention_peers`), instead of a collective.
+      direct: whether `gather`, where a kernel of ours rotates the keys and one process has all the devices, has that
+        kernel write them and the values into the caches of the others, instead of a collective.
       overlap: whether `gather`, by a collective, attends to the past while the block's keys and values travel, and
         merges.
       unroll: as in `SingleDevice`.
@@ -242,22 +242,19 @@ class Sharded:
         return run(x, out, param, norm, time)
 
     def attend_product(self, qkv, scales, table, cache, layer, placement, layout, eps):
-        from jax_causal import attention_peers, fused_rotation
+        from jax_causal import fused_rotation
 
         if (peers := self._peers(layout.tokens)) is None:
             q, k, v = fused_rotation.normalise(qkv, scales, eps)
             return self.attend_cached(q, k, v, table, cache, layer, placement, layout)
 
         def body(qkv, scales, table, keys, values, slots, held):
-            q, keys, values = fused_rotation.rotate_into_cache(
+            q, *held_here = fused_rotation.rotate_into_cache(
                 qkv, scales, table, keys, values, slots, eps=eps, peers=peers
             )
-            length = layout.part_length(held)
-            if peers.axis is None or peers.count == 1:
-                return causal_rope_sp.attend_held(q, keys, values, length, self.backend), keys, values
-            # Without a ring the past is the prefix before the block.
-            fresh = None if layout.ring else layout.part_length(slots[0])
-            return attention_peers.attend(q, keys, values, slots, length, peers=peers, fresh=fresh)
+            return causal_rope_sp.attend_held(
+                q, *held_here, layout.part_length(held), self.backend
+            ), *held_here
 
         tokens, cached = self._spec(QKV), self._spec(self._cache_names[1:])
         in_specs = (self._spec((*QKV, None)), P(), self._spec(TABLE), cached, cached, P(), P())
@@ -268,13 +265,13 @@ class Sharded:
 
     def _peers(self, tokens):
         """The devices whose caches a kernel writes to; None where `gather` is not by such a kernel."""
-        from jax_causal import attention_peers
+        from jax_causal import fused_rotation
 
         devices = self.mesh.devices.ravel()
         # What such kernels ask for.
         alone = jax.process_count() == 1 and [d.id for d in devices] == list(range(len(devices)))
-        able = self.direct and self.strategy.gathers and alone and attention_peers.can_reach_peers()
-        peers = attention_peers.Peers(self.strategy.seq, tokens, SEQ)
+        able = self.direct and self.strategy.gathers and alone and fused_rotation.can_reach_peers()
+        peers = fused_rotation.Peers(self.strategy.seq, tokens, SEQ)
         return peers if able and peers.suit(self.shares(tokens).rows) else None
 
     def attend(self, q, k, v, table, tokens, frame_mask=None):

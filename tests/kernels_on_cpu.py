@@ -18,24 +18,17 @@ class Machine:
 
     Attributes:
       axis, device: name of their mesh axis, and the one that runs.
-      memory: arrays that a kernel on one device may write to on another, by device.
-      signals: how often each device's semaphore was signalled.
+      memory: arrays that kernels write in place, by device; None: those that a kernel is given.
+      signals, awaited: of each device's semaphore, how often it was signalled and for how many its kernel waited.
     """
 
-    axis, device, memory = "seq", 0, ()
+    axis, device, memory = "seq", 0, None
 
     def __init__(self):
-        self.signals, self._place = collections.Counter(), {}
-
-    def place(self, **indices):
-        """Where the running kernel is along the axes of its grid."""
-        self._place.update(indices, **{self.axis: self.device})
-
-    def index(self, name):
-        return jnp.int32(self._place[name])
+        self.signals, self.awaited = collections.Counter(), {}
 
 
-class Memory:
+class _Ref:
     """Memory as a kernel sees it, over a numpy array."""
 
     def __init__(self, array):
@@ -51,7 +44,7 @@ class Memory:
 
     def __getitem__(self, index):
         part = self.array[self._index(index)]
-        return Memory(part) if part.ndim else part
+        return _Ref(part) if part.ndim else part
 
     def __setitem__(self, index, value):
         part = self.array[self._index(index)]
@@ -63,16 +56,22 @@ class Memory:
 @pytest.fixture
 def machine(monkeypatch):
     """Runs the kernels of `hopper_rows`; a `Machine`."""
-    machine = Machine()
+    machine, place = Machine(), {}
 
     def launch(kernel, out_type, grid, name):
         def run(*operands):
             many = isinstance(out_type, list)
             outs = [np.full(x.shape, np.nan, x.dtype) for x in (out_type if many else [out_type])]
             arrays = [np.array(x[...]) for x in operands]
+            if machine.memory:
+                own = iter(machine.memory[machine.device])
+                arrays = [
+                    next(own) if isinstance(x, jax.Ref) else a for x, a in zip(operands, arrays, strict=True)
+                ]
+            place[machine.axis] = machine.device
             for point in itertools.product(*map(range, grid.values())):
-                machine.place(**dict(zip(grid, point, strict=True)))
-                kernel(*map(Memory, arrays), *map(Memory, outs))
+                place.update(zip(grid, point, strict=True))
+                kernel(*map(_Ref, arrays), *map(_Ref, outs))
             for ref, array in zip(operands, arrays, strict=True):
                 if isinstance(ref, jax.Ref):
                     ref[...] = array
@@ -84,19 +83,20 @@ def machine(monkeypatch):
     def remote(ref, device):
         own = machine.memory[machine.device]
         (index,) = (i for i, array in enumerate(own) if array is ref.array)
-        return Memory(machine.memory[int(device[machine.axis])][index])
+        return _Ref(machine.memory[int(device[machine.axis])][index])
 
     def signal(semaphore, device_id):
         machine.signals[int(device_id[machine.axis])] += 1
+
+    def wait(semaphore, value, decrement):
+        assert not decrement
+        machine.awaited[machine.device] = machine.awaited.get(machine.device, 0) + value
 
     def swap_pairs(x):
         return x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
 
     def spread(x, like, *axes):
         return jax.lax.broadcast_in_dim(x, like.shape, axes)
-
-    def loop(start, stop):
-        return lambda body: [body(jnp.int32(i)) for i in range(start, stop)]
 
     def when(condition):
         return lambda run: run() if condition else None
@@ -105,10 +105,11 @@ def machine(monkeypatch):
     monkeypatch.setattr(hopper_rows, "load", lambda ref, layout: jnp.asarray(ref.array))
     monkeypatch.setattr(hopper_rows, "spread", spread)
     monkeypatch.setattr(hopper_rows, "swap_pairs", swap_pairs)
-    monkeypatch.setattr(jax.lax, "axis_index", machine.index)
+    monkeypatch.setattr(jax.lax, "axis_index", lambda name: jnp.int32(place[name]))
     monkeypatch.setattr(plgpu, "remote_ref", remote, raising=False)
+    monkeypatch.setattr(pl, "get_global", lambda what: None, raising=False)
     monkeypatch.setattr(pl, "semaphore_signal", signal)
-    monkeypatch.setattr(pl, "loop", loop)
+    monkeypatch.setattr(pl, "semaphore_wait", wait)
     monkeypatch.setattr(pl, "when", when)
     with jax.disable_jit():
         yield machine

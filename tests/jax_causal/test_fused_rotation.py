@@ -1,5 +1,5 @@
-"""Rotation into the cache by one kernel, walked through on the CPU, against float64; shares of a frame; gradients and
-lowering."""
+"""Rotation into the cache by one kernel, walked through on the CPU, against float64; several devices that write to each
+other's caches; gradients and lowering."""
 
 import functools
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jax_causal import fused_rotation, hopper_rows, rope
-from jax_causal.attention_peers import Peers
+from jax_causal.fused_rotation import Peers
 from tests.kernels_on_cpu import assert_rounded, f64, machine, random, relative
 
 __all__ = ["machine"]
@@ -61,24 +61,39 @@ def test_one_device(machine):
     expected_q, expected_k = _expected(qkv, scales, table)
     assert_rounded(q, expected_q)
     _check_cache(*held, keys, values, qkv, expected_k, slots)
+    assert not machine.signals
 
 
-@pytest.mark.parametrize(("tokens", "devices", "rows"), [(8, 2, 4), (24, 3, 8), (28, 3, 12), (20, 4, 8)])
-def test_devices_write_their_own_rows(machine, tokens, devices, rows):
-    """Even shares, and short and empty ones at the end: together they write a block."""
+@pytest.mark.parametrize(
+    ("tokens", "devices", "rows"), [(8, 2, 4), (24, 3, 8), (20, 2, 10), (28, 3, 12), (20, 4, 8)]
+)
+def test_devices_write_to_all_caches(machine, tokens, devices, rows):
+    """Even shares, shares that are no multiple of a block of threads, and short and empty ones at the end."""
     qkv, scales, table, keys, values, slots = _queries(
         B=1, F=2, S=tokens, N=2, slots=(2, 0), room=3 * tokens + 4
     )
     expected_q, expected_k = _expected(qkv, scales, table)
+    machine.memory = [[np.array(x[:, 0]) for x in (keys, values)] for _ in range(devices)]
+    # As `Sharded` cuts them, with whatever rows of padding.
     index = np.minimum(np.arange(devices * rows), tokens - 1).reshape(devices, rows)
-    held = keys, values
-    for machine.device, here in enumerate(index):
-        q, *held = fused_rotation.rotate_into_cache(
-            qkv[:, :, here], scales, table[:, :, here], *held, slots,
+    for device, here in enumerate(index):
+        machine.device = device
+        q, _, _ = fused_rotation.rotate_into_cache(
+            qkv[:, :, here], scales, table[:, :, here], keys, values, slots,
             eps=EPS, peers=Peers(devices, tokens, machine.axis),
         )  # fmt: skip
         assert_rounded(q, expected_q[:, :, here])
-    _check_cache(*held, keys, values, qkv, expected_k, slots)
+    for held in machine.memory:
+        _check_cache(*(x[:, None] for x in held), keys, values, qkv, expected_k, slots)
+    assert machine.awaited == dict(machine.signals)
+    assert set(machine.awaited) == set(range(devices))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "devices", "rows", "able"), [(20, 2, 10, True), (28, 3, 10, False), (26, 3, 12, False)]
+)
+def test_no_block_of_threads_holds_tokens_and_padding(tokens, devices, rows, able):
+    assert Peers(devices, tokens, "seq").suit(rows) == able
 
 
 def test_a_share_writes_its_own_rows_to_all_places(machine):
@@ -92,6 +107,7 @@ def test_a_share_writes_its_own_rows_to_all_places(machine):
     twice = jnp.concatenate([qkv, qkv], axis=2)
     expected_k = np.concatenate([expected_k] * 2, axis=2)
     _check_cache(new_keys, new_values, keys, values, twice, expected_k, slots)
+    assert not machine.signals
 
 
 def test_the_plain_form_is_the_same_function(machine):

@@ -13,7 +13,7 @@ from jax_causal.config import PRESETS, TransformerConfig
 from jax_causal.console import nbytes
 from jax_causal.generate import Job
 from sharding import STRATEGIES, SequenceParallel
-from sharding.mesh import pick_devices
+from sharding.mesh import pick_devices, rows_of_share
 from sharding.strategies import Collective, Strategy, Workload, choose, fitting
 
 pytestmark = pytest.mark.sp
@@ -145,21 +145,36 @@ def test_generate_tells_auto_what_is_asked_for(options, gathers, monkeypatch):
 
 
 def test_formulas_of_hybrid_by_hand():
-    """12 heads of 128 on 2 x 4 devices: 585 rows a device, 2340 in an entry of seq; bfloat16."""
+    """12 heads of 128 on 2 x 4 devices: 200 rows of a frame a device, in eights, 800 in an entry of seq; bfloat16."""
     strategy = Strategy("hybrid", seq=2, heads=4)
     assert strategy.collectives(BLOCK) == [
-        Collective("all-to-all", 5_391_360, 4),  # 3 x 585 x 1536 x 2
-        Collective("all-gather", 3_594_240, 2),  # 4680 x 3 heads x 128 x 2
-        Collective("all-to-all", 7_244_640, 2),  # 4680 x 3 heads x (128 + 1) x 4
-        Collective("all-to-all", 1_797_120, 4),  # 585 x 1536 x 2
+        Collective("all-to-all", 5_529_600, 4),  # 3 x 600 x 1536 x 2
+        Collective("all-gather", 3_686_400, 2),  # 4800 x 3 heads x 128 x 2
+        Collective("all-to-all", 7_430_400, 2),  # 4800 x 3 heads x (128 + 1) x 4
+        Collective("all-to-all", 1_843_200, 4),  # 600 x 1536 x 2
     ]
-    assert (
-        strategy.cache_bytes(BLOCK) == 754_974_720
-    )  # 2 x 30 x (21 x 780 keys, and 4 more to an eight) x 3 heads x 128 x 2
+    assert strategy.cache_bytes(BLOCK) == 774_144_000  # 2 x 30 x 21 x 800 keys x 3 heads x 128 x 2
     assert strategy.activation_bytes(BLOCK) == max(
-        24_560_640,  # 585 x (2 x 8960 + 2 x 1536) x 2
-        32_460_480,  # 585 x 8 x 1536 x 2, 3,594,240 and twice 7,244,640
+        25_190_400,  # 600 x (2 x 8960 + 2 x 1536) x 2
+        33_292_800,  # 600 x 8 x 1536 x 2, 3,686,400 and twice 7,430,400
     )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "devices", "rows"),
+    [
+        (1560, 1, 1560),
+        (1560, 2, 784),
+        (1560, 8, 200),
+        (1560, 16, 98),
+        (30, 4, 8),
+        (3600, 7, 520),
+        (28, 16, 2),
+    ],
+)
+def test_rows_in_eights_where_that_adds_little(tokens, devices, rows):
+    assert rows_of_share(tokens, devices) == rows
+    assert rows * devices >= tokens
 
 
 def test_formulas_with_short_shares_by_hand():
