@@ -161,7 +161,7 @@ def measure(name, case, folder):
 
 
 def compile_for_card(name, case):
-    on_card = jax.sharding.SingleDeviceSharding(compiled_for.described_card())
+    on_card = jax.sharding.SingleDeviceSharding(compiled_for.described_cards(1)[0])
     arguments = *shapes(case), jax.ShapeDtypeStruct((), jnp.int32)
     arguments = jax.tree.map(lambda x: x.update(sharding=on_card), arguments)
     begin = time.perf_counter()

@@ -59,11 +59,12 @@ MODEL = config.PRESETS["wan-1.3b"]
 DTYPE = jnp.bfloat16
 
 
-def described_card() -> jax.Device:
-    """A device to compile for that is not there. From now on back ends are chosen as on it."""
+def described_cards(count: int) -> list[jax.Device]:
+    """Devices of one process to compile for that are not there. From now on back ends are chosen as on them."""
     jax.config.update("jax_platforms", "cpu")  # the plugin compiles without being a back end
     attention._device = lambda: ("gpu", (9, 0))  # what is asked otherwise is the first local device
-    return topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology="1x1x1").devices[0]
+    topology = f"1x1x{count}"  # partitions, hosts, devices of a host
+    return topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology=topology).devices
 
 
 def compiled_text(lowered) -> str:
@@ -76,7 +77,8 @@ def compiled_text(lowered) -> str:
 def compile_text(stage: str, layers: int) -> str:
     """The optimised program of a block of `layers` layers ("denoise"), or of the decoder for the first frame ("first")
     or for a block ("decode"), on one device."""
-    on_card = jax.sharding.SingleDeviceSharding(described_card())
+    (card,) = described_cards(1)
+    on_card = jax.sharding.SingleDeviceSharding(card)
     network = dataclasses.replace(MODEL.transformer, num_layers=layers)
     grid = (MODEL.height // 16, MODEL.width // 16)
     spec = rollout.RolloutSpec.create(network, MODEL.sampler, grid, 21, parallel=SingleDevice(unroll=True))

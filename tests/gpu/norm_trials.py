@@ -231,7 +231,7 @@ def main():
         for how, step in (("XLA", rotate_plain), ("fused", rotate_fused))
     ]
     if args.described:
-        where = jax.sharding.SingleDeviceSharding(compiled_for.described_card())
+        where = jax.sharding.SingleDeviceSharding(compiled_for.described_cards(1)[0])
         place = functools.partial(
             jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
         )

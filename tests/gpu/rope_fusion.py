@@ -1,11 +1,12 @@
-"""Writes the fixture of `tests/sharding/test_rope_fusion.py`: a block step as XLA optimised it for a GPU.
+"""Writes the fixture of `tests/sharding/test_rope_fusion.py`: a block step as XLA optimised it for GPUs.
 
     PYTHONPATH=. python tests/gpu/rope_fusion.py              # on the GPU; writes tests/gpu/rope_fusion.hlo.gz
     PYTHONPATH=. python tests/gpu/rope_fusion.py --described  # anywhere, for the H200 described in compiled_for.py
     PYTHONPATH=. python tests/gpu/rope_fusion.py --print      # only says where the rotation is in the fixture
 
-The program is the denoising step of two layers of the 1.3B shape, in bf16, through the `shard_map` of Causal-RoPE SP.
-Run it again, and commit the file, whenever the test says that the fixture is stale.
+The program is the denoising step of two layers of the 1.3B shape, in bf16, through the `shard_map` of Causal-RoPE SP:
+once as XLA fuses it, on one GPU ("xla"), and once by the kernels of `fused_rotation`, on two ("kernel"). Run it again,
+and commit the file, whenever the test says that the fixture is stale.
 """
 
 import argparse
@@ -22,25 +23,42 @@ import jax
 import jax.numpy as jnp
 
 import sharding
-from jax_causal import attention_hopper, attention_plan, config, rollout
+from jax_causal import (
+    attention_hopper,
+    attention_plan,
+    config,
+    fused_norm,
+    fused_rotation,
+    hopper_rows,
+    rollout,
+)
 from sharding.compiled import abstract_block
 from sharding.hlo import Instruction, Program
 from sharding.mesh import make_mesh
+from sharding.sequence_parallel import Sharded
 from tests.gpu import compiled_for
 
 FIXTURE = Path(__file__).with_name("rope_fusion.hlo.gz")
 LAYERS = 2
+FORMS = {"xla": 1, "kernel": 2}  # how the layers run, and on how many devices
+KERNELS = (attention_hopper, attention_plan, fused_norm, fused_rotation, hopper_rows)
 # Versions of jax write these in different ways, and indices too; what is computed does not depend on them.
+_BETWEEN = "\n=====\n"
 _MOVES = ("slice", "squeeze", "unstack", "pvary")
 
 
+class Unfused(Sharded):
+    """Without kernels of ours but that of attention."""
+
+    def fuses(self, tokens, heads, head_dim, dtype):
+        return False
+
+
 def fingerprint() -> str:
-    """SHA-256 of the program as traced, with plain attention in the kernel's place, and of the kernel's code."""
-    spec, arguments = _block("xla")
+    """SHA-256 of the program as traced, without kernels, and of the kernels' code."""
+    spec, arguments = _block("xla", jax.devices()[:1], backend="xla")
     traced = jax.make_jaxpr(lambda *x: rollout.denoise_block(spec, *x))(*arguments)
-    kernel = [
-        _written_out(ast.parse(Path(x.__file__).read_text())) for x in (attention_hopper, attention_plan)
-    ]
+    kernel = [_written_out(ast.parse(Path(x.__file__).read_text())) for x in KERNELS]
     return hashlib.sha256("\n".join([*_operations(traced.jaxpr), *kernel]).encode()).hexdigest()
 
 
@@ -75,32 +93,33 @@ def _written_out(node) -> str:
     return f"{type(node).__name__}({','.join(f'{name}={_written_out(value)}' for name, value in fields)})"
 
 
-def _block(backend: str, device: jax.Device | None = None):
-    """Spec and abstract arguments of a block step of two layers on `device` (None: the first), unrolled as on a GPU."""
+def _block(form: str, devices, backend: str = "auto"):
+    """Spec and abstract arguments of a block step of two layers on the devices, unrolled as on a GPU."""
     model = config.PRESETS["wan-1.3b"]
     model = dataclasses.replace(model, transformer=dataclasses.replace(model.transformer, num_layers=LAYERS))
     grid = (model.height // 16, model.width // 16)
-    mesh = make_mesh([device or jax.devices()[0]], 1, 1)
+    mesh = make_mesh(devices, len(devices), 1)
     how = sharding.SequenceParallel(mesh=mesh, strategy="gather", backend=backend, unroll=True)
-    spec = rollout.RolloutSpec.create(
-        model.transformer, model.sampler, grid, 21, parallel=how.for_model(model)
-    )
+    parallel = how.for_model(model)
+    if form == "xla":
+        parallel = Unfused(**{x.name: getattr(parallel, x.name) for x in dataclasses.fields(parallel)})
+    spec = rollout.RolloutSpec.create(model.transformer, model.sampler, grid, 21, parallel=parallel)
     return spec, abstract_block(spec, jnp.bfloat16)
 
 
-def compile_text(device: jax.Device | None) -> str:
-    """The optimised program of this machine's first device, or of a described one."""
-    spec, arguments = _block("auto", device)
+def compile_text(form: str, devices, *, described: bool) -> str:
+    """The optimised program for the devices, real or described."""
+    spec, arguments = _block(form, devices)
     lowered = rollout.denoise_block.lower(spec, *arguments)
-    if device is not None:
+    if described:
         return compiled_for.compiled_text(lowered)
     return re.sub(r'"[^"\n]{2000,}"', '""', lowered.compile().as_text())  # without the code of Pallas kernels
 
 
-def read() -> tuple[dict, Program]:
-    """What the fixture says of itself, and its program."""
+def read() -> tuple[dict, dict[str, Program]]:
+    """What the fixture says of itself, and its programs by form."""
     header, _, text = gzip.decompress(FIXTURE.read_bytes()).decode().partition("\n")
-    return json.loads(header), Program(text)
+    return json.loads(header), dict(zip(FORMS, map(Program, text.split(_BETWEEN)), strict=True))
 
 
 def rotations(program: Program) -> list[Instruction]:
@@ -116,18 +135,27 @@ def main():
     parser.add_argument("--output", type=Path, default=FIXTURE)
     args = parser.parse_args()
     if not args.show:
-        device = compiled_for.described_card() if args.described else None
-        kind = "NVIDIA H200, described" if args.described else jax.devices()[0].device_kind
-        text = compile_text(device)
+        if args.described:
+            jax.config.update("jax_num_cpu_devices", max(FORMS.values()))  # as many as are described
+        devices = compiled_for.described_cards(max(FORMS.values())) if args.described else jax.devices()
+        kind = f"{devices[0].device_kind}, described" if args.described else devices[0].device_kind
+        texts = [
+            compile_text(form, devices[:count], described=args.described) for form, count in FORMS.items()
+        ]
         header = {"source": fingerprint(), "jax": jax.__version__, "device": kind}
-        args.output.write_bytes(gzip.compress(f"{json.dumps(header)}\n{text}".encode(), 9, mtime=0))
+        args.output.write_bytes(
+            gzip.compress(f"{json.dumps(header)}\n{_BETWEEN.join(texts)}".encode(), 9, mtime=0)
+        )
         print(header, args.output.stat().st_size, "bytes")
         return
-    header, program = read()
+    header, programs = read()
     print(header)
-    for name in sorted({i.computation for i in rotations(program)}):
-        inside = [i for i in rotations(program) if i.computation == name]
-        print(name, len(inside), sorted({i.opcode for i in inside}), inside[-1].type, inside[-1].scope)
+    for form, program in programs.items():
+        for name in sorted({i.computation for i in rotations(program)}):
+            inside = [i for i in rotations(program) if i.computation == name]
+            print(
+                form, name, len(inside), sorted({i.opcode for i in inside}), inside[-1].type, inside[-1].scope
+            )
 
 
 if __name__ == "__main__":

@@ -15,11 +15,13 @@ pytestmark = pytest.mark.sp
 ATOL = 2e-5
 
 # (token grid, blocks, window, sink). On 8 devices the shares of a frame's tokens are even; short in the last; empty
-# in some. The second ring evicts frames, the third also wraps around inside a block.
+# in some. The second ring evicts frames, the third also wraps around inside a block. The last has shares in eights on 2
+# and 4 devices, so that the last one is short.
 SETTINGS = {
     "even": ((2, 4), 3, None, 0),
     "short": ((3, 5), 6, 6, 2),
     "empty": ((1, 5), 6, 7, 1),
+    "eights": ((10, 53), 2, None, 0),
 }
 
 ALWAYS = {
@@ -30,6 +32,8 @@ ALWAYS = {
     ("even", ("hybrid", (1, 2, 4))),
     ("empty", ("auto", (1, 4, 2))),
     ("short", ("auto", (2, 2, 2))),
+    ("eights", ("gather", 2)),
+    ("eights", ("ring", 2)),
 }
 
 

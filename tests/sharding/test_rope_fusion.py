@@ -1,9 +1,11 @@
-"""Where the rotation ended up in a GPU's program: in one kernel with the q / k norm, not in a pass of its own.
+"""Where the rotation ended up in a GPU's program: in one kernel with the q / k norm, not in a pass of its own; where
+the kernel is ours, the write to the cache is in it too, on every device.
 
-The program is a fixture, written by `tests/gpu/rope_fusion.py` on a GPU or for one.
+The programs are a fixture, written by `tests/gpu/rope_fusion.py` on a GPU or for one.
 """
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,8 @@ def _script():
 
 
 SCRIPT = _script()
-HEADER, PROGRAM = SCRIPT.read()
+HEADER, PROGRAMS = SCRIPT.read()
+PROGRAM = PROGRAMS["xla"]
 
 
 def _producer(body, name):
@@ -63,3 +66,29 @@ def test_one_kernel_a_layer_takes_the_product_and_gives_rotated_heads():
         assert [_producer(body, name).opcode for name in large] == ["custom-call"], "a pass lies between"
         assert sum(1 for shape in kernel.shapes if shape[-3:] == (12, 64, 2)) == 2  # q and k
         assert kernel.type.count("bf16[") == len(kernel.shapes)
+
+
+def test_our_kernel_goes_from_the_product_to_all_caches():
+    """And is all there is of the rotation: no collective, no copy of a cache, no kernel between."""
+    program = PROGRAMS["kernel"]
+    assert not SCRIPT.rotations(program)
+    assert not program.sent()
+    (body,) = {i.computation for c in program.computations.values() for i in c.values() if _is_ours(i)}
+    around = program.computations[body]
+    kernels = [i for i in around.values() if _is_ours(i)]
+    assert len(kernels) == SCRIPT.LAYERS
+    cache = 32760 * 1536 * 2
+    for kernel in kernels:
+        product, *caches = (name for name in kernel.operands if around[name].nbytes >= 784 * 3 * 1536 * 2)
+        assert "matmul" in _producer(around, product).attributes
+        assert [around[name].nbytes for name in caches] == [cache, cache]
+        # Keys, values and what counts arrivals are the operands themselves.
+        aliased = re.search(r"output_to_operand_aliasing={(.*?)}, api", kernel.attributes)[1]
+        assert len(re.findall(r"{\d}: \(\d, {}\)", aliased)) == 3
+        assert "uses_xla_collective_metadata = true" in kernel.attributes
+    large = [i for i in around.values() if i.opcode == "copy" and i.nbytes >= cache]
+    assert not large
+
+
+def _is_ours(instruction):
+    return instruction.opcode == "custom-call" and "/rotate_into_caches/" in instruction.scope
