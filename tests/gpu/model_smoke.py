@@ -3,7 +3,6 @@
     PYTHONPATH=. python tests/gpu/model_smoke.py            # a GPU with 40 GB or more
     PYTHONPATH=. python tests/gpu/model_smoke.py --preset tiny   # anywhere, to try the script
 
-With several devices, every strategy on all of them too, and `gather` in each of its forms.
 Prints one line per check and exits with 1 if any fails. Run by hand; pytest does not collect it.
 """
 
@@ -19,8 +18,6 @@ from jax_causal import Pipeline, rollout, transformer
 from jax_causal.attention import choose_backend
 from jax_causal.parallel import SingleDevice
 from jax_causal.rollout import RolloutSpec
-from sharding import SequenceParallel
-from sharding.strategies import fitting
 
 BLOCKS = 3
 
@@ -32,7 +29,7 @@ def main() -> int:
     device = jax.devices()[0]
     print(f"jax {jax.__version__}, {device.device_kind}, preset {args.preset}, random weights")
     pipe = Pipeline.random(args.preset)
-    return int(not all([_video(pipe), *_backends(pipe), _scanned(pipe), *_strategies(pipe)]))
+    return int(not all([_video(pipe), *_backends(pipe), _scanned(pipe)]))
 
 
 def _embeds(config):
@@ -63,8 +60,6 @@ def _latents(pipe, parallel, stacked=False):
         config.transformer, config.sampler, grid, 3 * BLOCKS, parallel=parallel.for_model(config)
     )
     params = pipe.params["transformer"]
-    if spec.parallel.num_devices > 1:
-        params = jax.device_put(params, spec.parallel.shardings(params))
     if stacked and transformer.is_unrolled(params):
         layers = [params["blocks"][i] for i in range(config.transformer.num_layers)]
         params = params | {"blocks": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
@@ -99,17 +94,6 @@ def _scanned(pipe) -> bool:
     return _compare(
         "layers scanned", _latents(pipe, SingleDevice(), stacked=True), _latents(pipe, SingleDevice())
     )
-
-
-def _strategies(pipe):
-    devices = len(jax.devices())
-    ways = [("gather", {}), ("gather", {"direct": False}), ("gather", {"direct": False, "overlap": False})]
-    ways += [(name, {}) for name in fitting(devices, pipe.config.transformer.num_heads) if name != "gather"]
-    if devices > 1:
-        single = _latents(pipe, SingleDevice())
-        for name, options in ways:
-            how = SequenceParallel(devices, name, **options)
-            yield _compare(f"{name} {options or ''} on {devices} devices", _latents(pipe, how), single)
 
 
 def _compare(name, ours, plain) -> bool:
