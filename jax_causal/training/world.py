@@ -69,6 +69,13 @@ SMALLEST = 0.5  # scale before growing and after shrinking
 _REACH = 1.2  # no shape is wider than this many radii
 
 
+class Palette(NamedTuple):
+    """What colors look like: fp32 in [-1, 1], [len(COLORS), 3] and [len(BACKGROUNDS), 3]."""
+
+    colors: jax.Array
+    backgrounds: jax.Array
+
+
 class Scene(NamedTuple):
     """One scene, arrays of shape [] unless told; `vmap` gives a batch. The second object may be unused."""
 
@@ -292,16 +299,22 @@ def _distance(shape, x, y):
     return jnp.select([shape == SHAPES.index(s) for s in special], list(special.values()), polygon)
 
 
-def render(scene: Scene, times, size: int = 96) -> jax.Array:
-    """Draws `scene` at `times` (seconds [T]): fp32 [T, size, size, 3] in [-1, 1]; jit- and vmap-able."""
+def palette() -> Palette:
+    """Colors as their names mean them."""
+    return Palette(*(jnp.asarray(list(of.values()), jnp.float32) / 127.5 - 1 for of in (COLORS, BACKGROUNDS)))
+
+
+def render(scene: Scene, times, size: int = 96, colors: Palette | None = None) -> jax.Array:
+    """Draws `scene` at `times` (seconds [T]): fp32 [T, size, size, 3] in [-1, 1]; jit- and vmap-able. `colors` are
+    those of `palette` unless given."""
     pose = poses(scene, times)
     grid = (jnp.arange(size, dtype=jnp.float32) + 0.5) / size
     circumradius = (
         jnp.asarray(list(SIZES.values()))[scene.size]
         * jnp.asarray([CIRCUMRADIUS[s] for s in SHAPES])[scene.shape]
     )
-    colors = jnp.asarray(list(COLORS.values()), jnp.float32) / 127.5 - 1
-    background = (jnp.asarray(list(BACKGROUNDS.values()), jnp.float32) / 127.5 - 1)[scene.background]
+    colors = colors or palette()
+    background = colors.backgrounds[scene.background]
     frames = jnp.broadcast_to(background, (pose.position.shape[0], size, size, 3))
     for i in range(2):
         # Offsets to the nearest copy of the object on the torus.
@@ -313,7 +326,7 @@ def render(scene: Scene, times, size: int = 96) -> jax.Array:
         unit = (circumradius[i] * pose.scale[:, i])[:, None, None]
         distance = _distance(scene.shape[i], (x * cos + y * sin) / unit, (y * cos - x * sin) / unit) * unit
         cover = jnp.clip(0.5 - distance * size, 0, 1) * pose.opacity[:, i, None, None]
-        frames = frames + cover[..., None] * (colors[scene.color[i]] - frames)
+        frames = frames + cover[..., None] * (colors.colors[scene.color[i]] - frames)
     return frames
 
 

@@ -46,9 +46,7 @@ def peers(monkeypatch):
         ("rollout_full", "gather", 2, True),
         ("rollout_local_sink", "gather", 3, True),
         ("rollout_full", "gather", 4, False),
-        ("rollout_full", "ring", 3, True),
-        ("rollout_local_sink", "ulysses", 2, True),
-        ("rollout_full", "hybrid", 4, True),
+        ("rollout_local_sink", "hybrid", 4, True),
     ],
 )
 def test_golden_rollout(peers, name, strategy, devices, direct):
