@@ -59,7 +59,7 @@ def test_a_decoder_alone_is_trained_for_the_latents_that_there_are():
     assert {name for name, of in largest.items() if of == 0} == {"encoder", "quant_conv"}
     assert {name for name, of in largest.items() if of > 0} == {"decoder", "post_quant_conv"}
     assert stage.trained_model({"ema": params}) == stage.model
-    with pytest.raises(ValueError, match="weight_decay 0.1 would change the encoder"):
+    with pytest.raises(ValueError, match=r"weight_decay 0\.1 would change the encoder"):
         micro_world.stage("vae", options={"decoder_only": True}, weight_decay=0.1)
 
 
