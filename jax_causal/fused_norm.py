@@ -92,7 +92,7 @@ def _add_norm_kernel(gate_row, rows, eps, x, out, gate, norm, time):
     def kernel(*refs):
         x_ref, time_ref, *norm_refs = refs[: 2 + len(norm)]
         *added_refs, y_ref = refs[2 + len(norm) :]
-        frame, tile = lax.axis_index("frame"), lax.axis_index("tile")
+        frame, tile = lax.axis_index("kernel_frame"), lax.axis_index("kernel_tile")
         here = (frame, hopper_rows.tile(tile, S))
 
         def modulation(param, i):
@@ -120,6 +120,6 @@ def _add_norm_kernel(gate_row, rows, eps, x, out, gate, norm, time):
     if added:
         operands += [out.reshape(B * F, S, E), gate]
     out_type = [jax.ShapeDtypeStruct((B * F, S, E), x.dtype)] * (1 + added)
-    grid = {"frame": B * F, "tile": hopper_rows.tiles(S)}
+    grid = {"kernel_frame": B * F, "kernel_tile": hopper_rows.tiles(S)}
     results = hopper_rows.launch(kernel, out_type, grid, "add_norm")(*operands)
     return (results[0].reshape(x.shape) if added else x), results[-1].reshape(x.shape)

@@ -137,7 +137,8 @@ def normalise(qkv, scales, eps: float):
 def _rotate_kernel(eps, peers, qkv, scales, factors, keys, values, slots):
     B, F, m, _, N, D = qkv.shape
     keys_ref, values_ref = (jax.new_ref(x[:, 0]) for x in (keys, values))
-    grid = {"frame": B * F, "tile": hopper_rows.tiles(m), "part": 3}
+    # Axes of the mesh are seen inside too: no name may be one of theirs.
+    grid = {"kernel_frame": B * F, "kernel_tile": hopper_rows.tiles(m), "kernel_part": 3}
 
     def kernel(qkv_ref, q_scale_ref, k_scale_ref, factors_ref, slots_ref, keys_ref, values_ref, q_ref):
         index, tile, part = (lax.axis_index(name) for name in grid)
@@ -182,11 +183,13 @@ def _rotate_kernel(eps, peers, qkv, scales, factors, keys, values, slots):
             # The kernel ends when all that the others write to this device's cache is there.
             @pl.when(last[0] & last[1] & (part == 0))
             def _wait():
-                arrivals = 2 * grid["frame"] * grid["tile"] * (peers.count - 1)
+                arrivals = 2 * grid["kernel_frame"] * grid["kernel_tile"] * (peers.count - 1)
                 pl.semaphore_wait(arrived, arrivals, decrement=False)
 
     out_type = jax.ShapeDtypeStruct((B * F, m, N, D), qkv.dtype)
-    q = hopper_rows.launch(kernel, out_type, grid, "rotate_into_caches" if peers else "rotate_into_cache")(
+    q = hopper_rows.launch(
+        kernel, out_type, grid, "rotate_into_caches" if peers and peers.count > 1 else "rotate_into_cache"
+    )(
         qkv.reshape(B * F, m, 3, N, D),
         *(x.reshape(N, D) for x in scales),
         factors,

@@ -117,7 +117,8 @@ class CausalDiT(nnx.Module):
         if isinstance(self.blocks, nnx.List) and not self.remat and parallel.fuses(*sizes):
 
             def attend_product(projections, y, layer, cache):
-                qkv = projections.qkv(y).reshape(*y.shape[:-1], 3, config.num_heads, -1)
+                qkv = parallel.constrain(projections.qkv(y), ACTIVATION)
+                qkv = qkv.reshape(*y.shape[:-1], 3, config.num_heads, -1)
                 scales = projections.norm_q.scale[...], projections.norm_k.scale[...]
                 return parallel.attend_product(
                     qkv, scales, table, cache, layer, placement, layout, config.eps

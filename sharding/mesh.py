@@ -17,14 +17,14 @@ SEQ, HEADS = "seq", "heads"
 TOKENS = (SEQ, HEADS)  # the axes that a frame's tokens are sharded over, major first
 
 # Rows in eights suit tensor cores: others XLA copies into eights before every product.
-EIGHT, PADDING = 8, 0.03
+ROW_MULTIPLE, MOST_PADDING = 8, 0.03
 
 
 def rows_of_share(tokens: int, devices: int) -> int:
     """Rows of each frame on one of so many devices, padding included; in eights where that adds 3 % at most."""
     rows = -(-tokens // devices)
-    eights = -(-rows // EIGHT) * EIGHT
-    return eights if eights <= (1 + PADDING) * rows else rows
+    rounded = -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
+    return rounded if rounded <= (1 + MOST_PADDING) * rows else rows
 
 
 def pick_devices(devices: int | Sequence[jax.Device] | None) -> list[jax.Device]:

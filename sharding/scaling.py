@@ -30,9 +30,10 @@ from sharding.strategies import NVLINK, Link, Strategy, Workload, fitting
 ROWS = ("rollout", "end_to_end", "first_frame")
 HOW = {
     "share": "the rollout's own program with one device's rows, heads and keys, timed alone on one device; copies of "
-    "the same shapes stand where its collectives would be",
+    "the same shapes stand where its collectives would be, and a kernel that sends by itself writes as much at home",
     "sending": "all collectives of the rollout, each latency + bytes x (group - 1) / group / bandwidth, by the devices "
-    "that take part; the link is taken to be the same between more devices",
+    "that take part; the link is taken to be the same between more devices. A kernel that sends by itself pays no "
+    "latency of a collective: for it this is too much",
     "together": "share + sending: nothing overlaps",
     "exposed": "(measured - share) / sending on the devices that are there: the part of the sending that shows, and "
     "whatever else sharing costs",
@@ -43,11 +44,11 @@ HOW = {
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """A strategy with the switches it is measured under."""
+    """A strategy with the switches it is measured under; `direct` says what it does, not what it may."""
 
     strategy: Strategy
     label: str
-    direct: bool = True
+    direct: bool = False
     overlap: bool = True
     parts: int = 1
 
@@ -144,22 +145,28 @@ class Scaling:
         found = {name: s for name, s in found.items() if name != "hybrid" or s.seq > 1}
         if only is not None and only not in found:
             raise ValueError(f"{only} is nothing to measure on {devices} devices: use {' or '.join(found)}")
-        ways = [Way(s, name) for name, s in found.items() if only in (None, name)]
+        ways = [Way(s, name, self._direct(s)) for name, s in found.items() if only in (None, name)]
         if ways[0].strategy.gathers:
             ways[1:1] = self._forms(ways[0])
         return ways
 
+    def _direct(self, strategy: Strategy) -> bool:
+        """Whether the kernels of such devices send by themselves."""
+        share = Share.create(strategy, jax.devices()[0])
+        *_, (work, _) = self._works()
+        return share.writes_directly(work.tokens, work.config, jnp.dtype(self.precision))
+
     def _forms(self, gather: Way) -> list[Way]:
         """Other ways to run `gather` that say something here."""
         *_, (work, _) = self._works()  # a full-size block, which the first may not be
+        forms, collective = [], dataclasses.replace(gather, direct=False)
+        if gather.direct:
+            forms.append(dataclasses.replace(collective, label="gather, by collectives"))
         head = 1, 1, work.config.num_heads, work.config.head_dim
-        backend = choose_backend("auto", jax.ShapeDtypeStruct(head, self.precision))
-        collective = dataclasses.replace(gather, label="gather, by collectives", direct=False)
         # A kernel of ours fills a device without.
-        parts = 1 if backend == "hopper" else gather.strategy.best_parts(work)
-        forms = [collective] if backend == "hopper" else []
-        if parts > 1 and work.tokens % parts == 0:
-            forms.append(dataclasses.replace(gather, label=f"gather, keys in {parts}", parts=parts))
+        splits = choose_backend("auto", jax.ShapeDtypeStruct(head, self.precision)) != "hopper"
+        if splits and (parts := gather.strategy.best_parts(work)) > 1 and work.tokens % parts == 0:
+            forms.append(dataclasses.replace(collective, label=f"gather, keys in {parts}", parts=parts))
         if work.held == self._frames:  # with a ring for a cache nothing overlaps
             forms.append(dataclasses.replace(collective, label="gather, no overlap", overlap=False))
         return forms

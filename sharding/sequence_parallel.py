@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jax_causal.cache import CacheLayout, KVCache, Placement
-from jax_causal.config import ModelConfig
+from jax_causal.config import ModelConfig, TransformerConfig
 from jax_causal.parallel import SingleDevice
 from jax_causal.transformer_layers import ACTIVATION
 from sharding import causal_rope_sp, specs
@@ -41,8 +41,9 @@ class SequenceParallel:
       parts: parts that `gather` splits its keys into on each device; divides the tokens of a frame. More than one may
         pay where cuDNN attends with few queries, at a rounding more: `bench --scaling` measures both. The Hopper kernel
         fills a device by itself.
-      direct: whether `gather`, where a kernel of ours rotates the keys and one process has all the devices, has that
-        kernel write them and the values into the caches of the others, instead of a collective.
+      direct: whether `gather` may have the kernel that rotates keys write them and the values into the caches of the
+        other devices, instead of a collective. It does on Hopper GPUs with jax 0.11, where one process has all of
+        them, the mesh takes them in order from the first, `hopper_rows.suits` its rows and `Peers.suit` the shares.
       overlap: whether `gather`, by a collective, attends to the past while the block's keys and values travel, and
         merges.
       unroll: as in `SingleDevice`.
@@ -228,6 +229,11 @@ class Sharded:
     def fuses(self, tokens, heads, head_dim, dtype):
         rows = self.shares(tokens).rows
         return SingleDevice(self.backend, self.parts).fuses(rows, heads, head_dim, dtype)
+
+    def writes_directly(self, tokens: int, config: TransformerConfig, dtype) -> bool:
+        """Whether `gather` is by a kernel that writes to the caches of all devices; `tokens` are of a frame."""
+        fused = self.unrolled and self.fuses(tokens, config.num_heads, config.head_dim, dtype)
+        return fused and self._peers(tokens) is not None
 
     def add_norm(self, x, out, gate, norm, time, rows, *, eps):
         param, row = gate or (None, None)

@@ -20,12 +20,13 @@ class Machine:
       axis, device: name of their mesh axis, and the one that runs.
       memory: arrays that kernels write in place, by device; None: those that a kernel is given.
       signals, awaited: of each device's semaphore, how often it was signalled and for how many its kernel waited.
+      order: in which other devices' memory was written and they were signalled: ("write" or "signal", device).
     """
 
     axis, device, memory = "seq", 0, None
 
     def __init__(self):
-        self.signals, self.awaited = collections.Counter(), {}
+        self.signals, self.awaited, self.order = collections.Counter(), {}, []
 
 
 class _Ref:
@@ -83,10 +84,12 @@ def machine(monkeypatch):
     def remote(ref, device):
         own = machine.memory[machine.device]
         (index,) = (i for i, array in enumerate(own) if array is ref.array)
+        machine.order.append(("write", int(device[machine.axis])))
         return _Ref(machine.memory[int(device[machine.axis])][index])
 
     def signal(semaphore, device_id):
         machine.signals[int(device_id[machine.axis])] += 1
+        machine.order.append(("signal", int(device_id[machine.axis])))
 
     def wait(semaphore, value, decrement):
         assert not decrement

@@ -32,6 +32,7 @@ from jax_causal import (
     hopper_rows,
     rollout,
 )
+from sharding import mesh, sequence_parallel
 from sharding.compiled import abstract_block
 from sharding.hlo import Instruction, Program
 from sharding.mesh import make_mesh
@@ -41,9 +42,11 @@ from tests.gpu import compiled_for
 FIXTURE = Path(__file__).with_name("rope_fusion.hlo.gz")
 LAYERS = 2
 FORMS = {"xla": 1, "kernel": 2}  # how the layers run, and on how many devices
-KERNELS = (attention_hopper, attention_plan, fused_norm, fused_rotation, hopper_rows)
-# Versions of jax write these in different ways, and indices too; what is computed does not depend on them.
+SOURCES = (
+    attention_hopper, attention_plan, fused_norm, fused_rotation, hopper_rows, mesh, sequence_parallel
+)  # fmt: skip
 _BETWEEN = "\n=====\n"
+# Versions of jax write these in different ways, and indices too; what is computed does not depend on them.
 _MOVES = ("slice", "squeeze", "unstack", "pvary")
 
 
@@ -55,10 +58,10 @@ class Unfused(Sharded):
 
 
 def fingerprint() -> str:
-    """SHA-256 of the program as traced, without kernels, and of the kernels' code."""
+    """SHA-256 of the program as traced, without kernels, and of the code of the kernels and what runs them."""
     spec, arguments = _block("xla", jax.devices()[:1], backend="xla")
     traced = jax.make_jaxpr(lambda *x: rollout.denoise_block(spec, *x))(*arguments)
-    kernel = [_written_out(ast.parse(Path(x.__file__).read_text())) for x in KERNELS]
+    kernel = [_written_out(ast.parse(Path(x.__file__).read_text())) for x in SOURCES]
     return hashlib.sha256("\n".join([*_operations(traced.jaxpr), *kernel]).encode()).hexdigest()
 
 
@@ -98,8 +101,8 @@ def _block(form: str, devices, backend: str = "auto"):
     model = config.PRESETS["wan-1.3b"]
     model = dataclasses.replace(model, transformer=dataclasses.replace(model.transformer, num_layers=LAYERS))
     grid = (model.height // 16, model.width // 16)
-    mesh = make_mesh(devices, len(devices), 1)
-    how = sharding.SequenceParallel(mesh=mesh, strategy="gather", backend=backend, unroll=True)
+    shared = make_mesh(devices, len(devices), 1)
+    how = sharding.SequenceParallel(mesh=shared, strategy="gather", backend=backend, unroll=True)
     parallel = how.for_model(model)
     if form == "xla":
         parallel = Unfused(**{x.name: getattr(parallel, x.name) for x in dataclasses.fields(parallel)})

@@ -93,7 +93,7 @@ def run(case: str) -> int:
     kernel = functools.partial(fused_rotation.rotate_into_cache, eps=EPS, peers=peers)
     layer = trade if trades else kernel if case == "kernel" else gather
 
-    def chain(qkv, scales, table, keys, values, slots):
+    def chain(layer, qkv, scales, table, keys, values, slots):
         def step(_, carry):
             qkv, keys, values = carry
             q, keys, values = layer(qkv, scales, table, keys, values, slots)
@@ -124,17 +124,19 @@ def run(case: str) -> int:
     inputs = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)]
     failed = False
     if case == "kernel":
-        plain = functools.partial(fused_rotation.plain_rotate, EPS, peers)
-        expected = compiled(
-            lambda qkv, scales, table, *rest: plain(qkv, scales, fused_rotation._factors(table), *rest)
-        )
-        for name, found, right in zip("qkv", compiled(layer)(*inputs), expected(*inputs), strict=True):
-            for x, y in zip(found.addressable_shards, right.addressable_shards, strict=True):
+
+        def plain(qkv, scales, table, *rest):
+            return fused_rotation.plain_rotate(EPS, peers, qkv, scales, fused_rotation._factors(table), *rest)
+
+        # All calls, for a device that is ahead could write where another still reads.
+        found, right = (compiled(functools.partial(chain, run))(*inputs) for run in (layer, plain))
+        for name, ours, theirs in zip(("q", "keys", "values"), found, right, strict=True):
+            for x, y in zip(ours.addressable_shards, theirs.addressable_shards, strict=True):
                 x, y = (np.asarray(a.data, np.float32) for a in (x, y))
                 error = np.linalg.norm(x - y) / np.linalg.norm(y)
-                failed |= not error < 5e-3
+                failed |= not error < 1e-2
                 print(f"{case}: {name}, relative difference {error:.1e}")
-    function, times = compiled(chain, donate=(0, 3, 4)), []
+    function, times = compiled(functools.partial(chain, layer), donate=(0, 3, 4)), []
     for _ in range(1 + REPEATS):
         jax.block_until_ready(inputs)
         began = time.perf_counter()

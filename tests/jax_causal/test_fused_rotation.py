@@ -87,6 +87,10 @@ def test_devices_write_to_all_caches(machine, tokens, devices, rows):
         _check_cache(*(x[:, None] for x in held), keys, values, qkv, expected_k, slots)
     assert machine.awaited == dict(machine.signals)
     assert set(machine.awaited) == set(range(devices))
+    if devices * rows == tokens:  # without padding every signal tells of a write before it
+        for device in range(devices):
+            events = [what for what, to in machine.order if to == device]
+            assert events == ["write", "signal"] * (len(events) // 2)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from jax_causal.parallel import SingleDevice
 from jax_causal.rollout import RolloutSpec
 from sharding import SequenceParallel
 from sharding.sequence_parallel import Sharded
+from sharding.share import Share
+from sharding.strategies import Strategy
 from tests.golden_data import load
 from tests.golden_rollout import ATOL, GoldenRollout
 from tests.models import golden_transformer
@@ -58,6 +60,23 @@ def test_golden_rollout(peers, name, strategy, devices, direct):
     golden.check_cache(ATOL)
     writes = strategy == "gather" and direct
     assert {(p.count, p.axis) for p in peers} == ({(devices, "seq")} if writes else set())
+
+
+def test_who_can_send(monkeypatch):
+    """All devices of a process in order, from the first; each writes to the places of all where it is alone."""
+    monkeypatch.setattr(fused_rotation, "can_reach_peers", lambda: True)
+    first, second, third = jax.devices()[:3]
+
+    def peers(devices, tokens=24, **options):
+        return SequenceParallel(devices, "gather", **options).for_model(seeded.MODEL)._peers(tokens)
+
+    assert peers([first, second]) == (2, 24, "seq")
+    assert peers([second, first]) is None
+    assert peers([second, third]) is None
+    assert peers([first, second], direct=False) is None
+    assert peers([first, second, third], tokens=26) is None  # 9 rows, and a block of threads holds 4
+    assert SequenceParallel(2, "ring").for_model(seeded.MODEL)._peers(24) is None
+    assert Share.create(Strategy("gather", 2, 1), first)._peers(24) == (2, 24, None)
 
 
 GRID, FRAMES = (2, 12), 2

@@ -10,14 +10,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_causal import bench, bench_profile, cli, environment, rollout
+from jax_causal import attention, bench, bench_profile, cli, environment, fused_rotation, rollout
 from jax_causal.bench_rows import COMMUNICATION, Row
 from jax_causal.config import PRESETS, SamplerConfig, TransformerConfig, VAEConfig
 from jax_causal.rollout import RolloutSpec
+from sharding import scaling_report
 from sharding.compiled import abstract_block, device_bytes
 from sharding.hlo import Program
 from sharding.link import measure_link
 from sharding.scaling import ROWS, Measured, Scaling, Way
+from sharding.sequence_parallel import Sharded
 from sharding.share import Share
 from sharding.strategies import Link, Strategy
 from tests.sharding import seeded
@@ -113,6 +115,27 @@ def test_ways():
     assert "gather, no overlap" not in [way.label for way in ring.ways(2)]
 
 
+def test_ways_of_gather_where_a_kernel_sends(monkeypatch):
+    """And where it cannot, because shares or heads do not suit it: what is measured and projected is named alike."""
+    monkeypatch.setattr(attention, "_device", lambda: ("gpu", (9, 0)))
+    monkeypatch.setattr(fused_rotation, "can_reach_peers", lambda: True)
+    monkeypatch.setattr(Sharded, "unrolled", True)
+    inputs = {"num_frames": 81, "height": 480, "width": 832, "seed": 0}
+
+    def ways(preset, devices):
+        return Scaling(PRESETS[preset], "bfloat16", inputs, LIMITS).ways(devices, "gather")
+
+    assert [(way.label, way.direct, way.overlap) for way in ways("wan-1.3b", 2)] == [
+        ("gather", True, True), ("gather, by collectives", False, True), ("gather, no overlap", False, False)
+    ]  # fmt: skip
+    assert [way.label for way in ways("wan-14b", 2)] == ["gather", "gather, no overlap"]
+    two, sixteen = ways("wan-1.3b", 2), ways("wan-1.3b", 16)
+    assert [way.direct for way in sixteen] == [False, False]  # 98 rows with padding
+    kinds = [scaling_report._kind(way) for way in two]
+    assert len(set(kinds)) == 3
+    assert kinds.index(scaling_report._kind(sixteen[0])) == 1
+
+
 def test_keys_are_split_as_a_full_size_block_wants():
     """195 rows of a lone first frame would want 4 parts on 8 devices, the 585 rows of every other block 2."""
     wan = PRESETS["wan-1.3b"]
@@ -189,6 +212,17 @@ def test_everything_is_measured_unless_a_strategy_is_named(tmp_path, capsys, mon
     assert "whole past" in capsys.readouterr().out
 
 
+def test_no_projection_and_rows_as_they_come(tmp_path, capsys, monkeypatch):
+    rows = {name: Row(name, 3.0, 2.0, 4.0, "s") for name in ROWS}
+    monkeypatch.setattr(Scaling, "_rows", lambda scaling, parallel, names: rows)
+    path = tmp_path / "scaling.json"
+    assert command("--scaling", "--devices", 2, "--strategy", "ring", "--project", 0, "--json", path) == 0
+    assert json.loads(path.read_text())["projection"] == []
+    shown = capsys.readouterr()
+    assert "Projection" not in shown.out
+    assert "ring, 2 devices: rollout 3.000 s (2.000 s to 4.000 s; 1.00 x)" in shown.err
+
+
 def test_one_device_projects_from_the_assumed_link(capsys):
     assert command("--scaling", "--devices", 1, "--strategy", "hybrid", "--project", 8, "--json", "-") == 0
     record = json.loads(capsys.readouterr().out)
@@ -206,6 +240,7 @@ def test_one_device_projects_from_the_assumed_link(capsys):
         (("--strategy", "ulysses", "--devices", 3), "ulysses is nothing to measure on 3 devices"),
         (("--strategy", "spiral"), "spiral is nothing to measure on 16 devices: use gather or ring or"),
         (("--devices", 17), "use 1 to 16"),
+        (("--project", 1), "--project 1: one device is measured"),
     ],
 )
 def test_bad_input(argv, message, capsys, monkeypatch):
