@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -44,8 +45,17 @@ def save(folder: Path, step: int, state: dict, config: TrainConfig, elapsed_s: f
                 shutil.rmtree(old)
     finally:
         if is_first:
-            shutil.rmtree(new, ignore_errors=True)
+            _remove(new)
     return path
+
+
+def _remove(folder: Path) -> None:
+    """Where a save has failed, threads of orbax may write to the folder a little longer."""
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
 
 
 def latest(folder: Path) -> Path | None:

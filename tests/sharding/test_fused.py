@@ -102,7 +102,7 @@ def _gradients(parallel):
     return jax.tree.map(np.asarray, (by_params, rollout.from_tokens(spec, by_noise)))
 
 
-@pytest.mark.parametrize("strategy", ["gather", "ulysses"])
+@pytest.mark.parametrize("strategy", ["gather", pytest.param("ulysses", marks=pytest.mark.slow)])
 def test_gradients(peers, strategy):
     expected = _gradients(SingleDevice(unroll=True))
     found = _gradients(SequenceParallel(2, strategy, unroll=True).for_model(seeded.MODEL))

@@ -33,7 +33,6 @@ ALWAYS = {
     ("empty", ("auto", (1, 4, 2))),
     ("short", ("auto", (2, 2, 2))),
     ("eights", ("gather", 2)),
-    ("eights", ("ring", 2)),
 }
 
 

@@ -377,7 +377,9 @@ def _spelled_out(step):
     return {"generator": generator, "critic": critic}, losses, exits
 
 
-@pytest.mark.parametrize("remat", [False, True], ids=["together", "one by one"])
+@pytest.mark.parametrize(
+    "remat", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["together", "one by one"]
+)
 def test_an_update_of_distillation(remat):
     """As spelled out, whether rollouts are made together or not. Together, no loop's length is unknown to the host of
     a GPU, which would wait at every turn to hear whether it has ended."""

@@ -38,6 +38,7 @@ def test_in_shards_the_state_is_an_eighth():
     assert sharded["state"] == pytest.approx(4 * 4 * size / 8, rel=0.02)
 
 
+@pytest.mark.slow
 def test_blocks_computed_again_take_less():
     single = SequenceParallel(1)
     plain, remat = (memory(micro_world.config("teacher", remat=on), single) for on in (False, True))
