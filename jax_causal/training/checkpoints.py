@@ -43,19 +43,22 @@ def save(folder: Path, step: int, state: dict, config: TrainConfig, elapsed_s: f
             new.rename(path)
             for old in _paths(folder)[:-KEEP]:
                 shutil.rmtree(old)
-    finally:
+    except BaseException:
         if is_first:
             _remove(new)
+        raise
     return path
 
 
 def _remove(folder: Path) -> None:
-    """Where a save has failed, threads of orbax may write to the folder a little longer."""
+    """Removes a folder until it stays away: where a save has failed, threads of orbax may still write and make it."""
+    away = 0
     for _ in range(50):
         shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            return
         time.sleep(0.1)
+        away = 0 if folder.exists() else away + 1
+        if away == 10:
+            return
 
 
 def latest(folder: Path) -> Path | None:
