@@ -84,7 +84,7 @@ def _line(one: Measured, single: Measured) -> str:
             f"{name} {_seconds(row.median)} ({_seconds(row.min)} to {_seconds(row.max)}; {alone / row.median:.2f} x)"
         )
     found += [f"{name} {one.rows[name].median * 1e3:.3f} ms" for name in COMMUNICATION if name in one.rows]
-    return f"{one.label}, {one.devices} devices: {', '.join(found)}"
+    return f"{one.label}, {one.devices} device{'s' * (one.devices > 1)}: {', '.join(found)}"
 
 
 def _kind(way: Way) -> tuple:
