@@ -1,8 +1,9 @@
 """Flash-attention forward kernel for NVIDIA Hopper in Pallas (Mosaic GPU): the `hopper` back end of `attention`.
 
-A block of threads holds 128 queries of one head: two warpgroups of 64 that multiply, and a third that copies keys and
-values to shared memory ahead of them. A warpgroup starts the product of the next scores before it has used the last
-ones, so that softmax runs beside the tensor cores (FlashAttention-3, arXiv:2407.08608, section 3.2).
+A block of threads takes 128 queries of one head after another: two warpgroups of 64 that multiply, and a third that
+copies keys and values to shared memory ahead of them, also those of the next queries. A warpgroup starts the product of
+the next scores before it has used the last ones, so that softmax runs beside the tensor cores (FlashAttention-3,
+arXiv:2407.08608, section 3.2).
 
 Two such blocks on neighbouring processors, a cluster, walk over the same keys for 128 queries each: a block copies one
 half of every step's keys and values, to both, and so half as much passes from the L2 cache. Which block does what is
@@ -16,6 +17,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -49,7 +51,9 @@ def attend(q, k, v, length, *, no_keys: float, merge, processors: int) -> tuple[
     out, lse, *shared = forward(q, k, v, length, plan=plan, no_keys=no_keys)
     if plan.shared:
         rows = q.shape[1] - plan.whole * TILE
-        outs, lses = merge(list(shared[0][:, :, :rows]), list(shared[1][..., :rows]))
+        outs, lses = merge(
+            *_runs(plan, *(x[:, :, :rows] for x in (shared[0], jnp.swapaxes(shared[1], 2, 3))), no_keys)
+        )
         outs = outs.astype(out.dtype)
         if plan.whole:
             # In place. Without the barrier XLA (of jax 0.11.2) may draw the update into the kernel, and find a circle.
@@ -61,12 +65,28 @@ def attend(q, k, v, length, *, no_keys: float, merge, processors: int) -> tuple[
     return out[:, :T], lse[:, :, :T]
 
 
+def _runs(plan, outs, lses, no_keys):
+    """Lists of [B, T, N, D] and [B, N, T] for `merge` from outs [runs, B, T, N, D] and lses [runs, B, T, N], with what
+    no block has written replaced by what an attention without keys finds."""
+    B, T, N = lses.shape[1:]
+    found = np.repeat(plan.is_run().reshape(plan.runs, B, N, plan.shared), TILE, axis=3)[..., :T]
+    found = np.swapaxes(found, 2, 3)
+    outs = [
+        jnp.where(here[..., None], x, 0) if not here.all() else x for here, x in zip(found, outs, strict=True)
+    ]
+    lses = [jnp.where(here, x, no_keys) if not here.all() else x for here, x in zip(found, lses, strict=True)]
+    return outs, [jnp.swapaxes(x, 1, 2) for x in lses]
+
+
 # Compiled by itself, so that the layers of a model share one kernel: each costs a second.
 @functools.partial(jax.jit, static_argnames=("plan", "no_keys"))
 def forward(q, k, v, length, *, plan: Plan, no_keys: float):
-    """The kernel: out [B, T, N, D], undefined where tiles are shared, and lse [B, N, whole * 128] of whole tiles (both
-    smaller and undefined where there are none); of shared ones each run's fp32 out [runs, B, shared * 128, N, D] and
-    lse [runs, B, N, shared * 128]. T and K are multiples of 8."""
+    """The kernel. T and K are multiples of 8.
+
+    Returns out [B, T, N, D], undefined where tiles are shared, and lse [B, N, whole * 128] of whole tiles (both smaller
+    and undefined where there are none). Of shared ones each run's fp32 out [runs, B, shared * 128, N, D] and lse [runs,
+    B, N, shared * 128], undefined where `Plan.is_run` says that there is none.
+    """
     B, T, N, D = q.shape
     out_type = [
         jax.ShapeDtypeStruct((B, T if plan.whole else 8, N, D), q.dtype),
@@ -78,6 +98,7 @@ def forward(q, k, v, length, *, plan: Plan, no_keys: float):
         "q_smem": _swizzled((WORKERS, ROWS, D), q.dtype),
         "k_smem": _swizzled((STAGES, BLOCK_K, D), q.dtype),
         "v_smem": _swizzled((STAGES, BLOCK_K, D), q.dtype),
+        "out_smem": _swizzled((WORKERS, ROWS, D), q.dtype),
         "lse_smem": plgpu.SMEM((WORKERS, ROWS), jnp.float32),
         "q_ready": plgpu.Barrier(num_barriers=WORKERS),
         "k_ready": plgpu.Barrier(num_barriers=STAGES),
@@ -94,7 +115,7 @@ def forward(q, k, v, length, *, plan: Plan, no_keys: float):
         functools.partial(_kernel, plan=plan, no_keys=no_keys),
         out_type=out_type,
         scratch_types=scratch,
-        grid=(sum(plan.clusters(B * N)),),
+        grid=(plan.clusters,),
         grid_names=("cluster",),
         cluster=(CLUSTER,),
         cluster_names=("side",),
@@ -103,7 +124,7 @@ def forward(q, k, v, length, *, plan: Plan, no_keys: float):
         # Rows are reduced within a warp, which needs no scratch.
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
         kernel_name="flash_attention_hopper",
-    )(q, k, v, length)
+    )(q, k, v, length, jnp.asarray(plan.borders()))
 
 
 def _swizzled(shape, dtype):
@@ -126,34 +147,52 @@ def load(source, smem, ready, free, step, together):
         plgpu.copy_gmem_to_smem(source, smem, ready)
 
 
-def _kernel(q_ref, k_ref, v_ref, length_ref, out_ref, lse_ref, *shared_refs, plan, no_keys, **scratch):
-    q_smem, k_smem, v_smem, lse_smem = (scratch[f"{name}_smem"] for name in ("q", "k", "v", "lse"))
+def _kernel(
+    q_ref, k_ref, v_ref, length_ref, borders_ref, out_ref, lse_ref, *shared_refs, plan, no_keys, **scratch
+):
+    q_smem, k_smem, v_smem, out_smem, lse_smem = (
+        scratch[f"{name}_smem"] for name in ("q", "k", "v", "out", "lse")
+    )
     q_ready, k_ready, v_ready, k_free, v_free = (
         scratch[name] for name in ("q_ready", "k_ready", "v_ready", "k_free", "v_free")
     )
-    B, _, N, D = q_ref.shape
-    me = lax.axis_index("warpgroup")
-    place = plan.place(lax.axis_index("cluster"), lax.axis_index("side"), B * N)
-    batch, head = lax.div(place.head, N), lax.rem(place.head, N)
-
+    N = q_ref.shape[2]
+    me, cluster, side = (lax.axis_index(name) for name in ("warpgroup", "cluster", "side"))
+    stretch = borders_ref[cluster], borders_ref[cluster + 1]
+    tiles = plan.count(cluster, *stretch)
     length = length_ref[0]
-    start, stop = plan.span(place, lax.div(length + (BLOCK_K - 1), BLOCK_K))
-    count = jnp.maximum(stop - start, 1)  # a run without keys walks over one tile of which nothing is valid
-    last = start + count - 1  # only this one can be partly valid: it comes first
-    limit = jnp.minimum(length, stop * BLOCK_K)
+
+    def walk(index):
+        """Where the `index`th tile is, the last step of its keys, how many there are, and how many keys are valid in
+        the last. Only this one can be partly valid: it comes first."""
+        place = plan.place(cluster, side, index, *stretch)
+        start, stop = plan.span(place, lax.div(length + (BLOCK_K - 1), BLOCK_K))
+        count = jnp.maximum(
+            stop - start, 1
+        )  # a run without keys walks over one step of which nothing is valid
+        last = start + count - 1
+        return place, last, count, jnp.minimum(length, stop * BLOCK_K) - last * BLOCK_K
 
     @pl.when(me == WORKERS)
     def _copy():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(32, action="decrease")
 
-        @pl.loop(0, count)
-        def _(step):
-            keys = (batch, pl.ds((last - step) * BLOCK_K, BLOCK_K), head)
-            load(k_ref.at[keys], k_smem, k_ready, k_free, step, place.together)
-            load(v_ref.at[keys], v_smem, v_ready, v_free, step, place.together)
+        def tile(index, done):
+            place, last, count, _ = walk(index)
+            batch, head = lax.div(place.head, N), lax.rem(place.head, N)
+
+            @pl.loop(0, count)
+            def _(step):
+                keys = (batch, pl.ds((last - step) * BLOCK_K, BLOCK_K), head)
+                load(k_ref.at[keys], k_smem, k_ready, k_free, done + step, place.together)
+                load(v_ref.at[keys], v_smem, v_ready, v_free, done + step, place.together)
+
+            return done + count
+
+        steps = lax.fori_loop(0, tiles, tile, jnp.int32(0))
 
         # Before the other block has said for the last time that it has used something, this one must not end.
-        @pl.loop(jnp.maximum(count - STAGES, 0), count)
+        @pl.loop(jnp.maximum(steps - STAGES, 0), steps)
         def _(step):
             for free in (k_free, v_free):
                 plgpu.barrier_wait(free.at[lax.rem(step, STAGES)])
@@ -161,47 +200,69 @@ def _kernel(q_ref, k_ref, v_ref, length_ref, out_ref, lse_ref, *shared_refs, pla
     @pl.when(me < WORKERS)
     def _multiply():
         plgpu.set_max_registers(232, action="increase")
-        queries = q_smem.at[me]
-        mine = pl.ds(place.tile * TILE + me * ROWS, ROWS)  # in whole or shared rows
-        first_row = (place.tile + jnp.where(place.shared, plan.whole, 0)) * TILE + me * ROWS
-        plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(first_row, ROWS), head], queries, q_ready.at[me])
-        plgpu.barrier_wait(q_ready.at[me])
-        attended = functools.partial(
-            attend_tile,
-            queries,
-            (k_smem, k_ready, k_free),
-            (v_smem, v_ready, v_free),
-            count,
-            limit - last * BLOCK_K,
-            no_keys,
-        )
-        out, lse_smem[me] = pl.run_scoped(attended, plgpu.ACC((ROWS, D), jnp.float32))
+        queries, shown, ready = q_smem.at[me], out_smem.at[me], q_ready.at[me]
 
-        @pl.when(jnp.logical_not(place.shared))
-        def _whole():
-            queries[...] = out.astype(queries.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(queries, out_ref.at[batch, mine, head])
-            plgpu.copy_smem_to_gmem(lse_smem.at[me], lse_ref.at[batch, head, mine])
-            plgpu.wait_smem_to_gmem(0)
+        def load_queries(index):
+            place = plan.place(cluster, side, index, *stretch)
+            batch, head = lax.div(place.head, N), lax.rem(place.head, N)
+            first = (place.tile + jnp.where(place.shared, plan.whole, 0)) * TILE + me * ROWS
+            plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(first, ROWS), head], queries, ready)
 
-        if plan.shared:
+        def tile(index, done):
+            place, _, count, valid = walk(index)
+            batch, head = lax.div(place.head, N), lax.rem(place.head, N)
+            rows = pl.ds(place.tile * TILE + me * ROWS, ROWS)  # in whole or shared ones
 
-            @pl.when(place.shared)
-            def _shared():
-                shared_out, shared_lse = shared_refs
-                shared_out[place.run, batch, mine, head] = out
+            def ahead():
+                pl.when(index + 1 < tiles)(lambda: load_queries(index + 1))
+
+            plgpu.barrier_wait(ready)
+            attended = functools.partial(
+                attend_tile,
+                queries,
+                (k_smem, k_ready, k_free),
+                (v_smem, v_ready, v_free),
+                done,
+                count,
+                valid,
+                no_keys,
+                ahead,
+            )
+            out, lse = pl.run_scoped(attended, plgpu.ACC((ROWS, queries.shape[1]), jnp.float32))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left this memory
+            lse_smem[me] = lse
+
+            @pl.when(jnp.logical_not(place.shared))
+            def _whole():
+                shown[...] = out.astype(shown.dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(lse_smem.at[me], shared_lse.at[place.run, batch, head, mine])
-                plgpu.wait_smem_to_gmem(0)
+                plgpu.copy_smem_to_gmem(shown, out_ref.at[batch, rows, head])
+                plgpu.copy_smem_to_gmem(lse_smem.at[me], lse_ref.at[batch, head, rows])
+
+            if plan.shared:
+
+                @pl.when(place.shared)
+                def _shared():
+                    shared_out, shared_lse = shared_refs
+                    shared_out[place.run, batch, rows, head] = out
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(lse_smem.at[me], shared_lse.at[place.run, batch, head, rows])
+
+            return done + count
+
+        load_queries(0)
+        lax.fori_loop(0, tiles, tile, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
 
 
-def attend_tile(q, keys, values, count, valid, no_keys, out_acc):
+def attend_tile(q, keys, values, done, count, valid, no_keys, ahead, out_acc):
     """One warpgroup over `count` steps of keys, `valid` ones of the first step.
 
     Args:
       q: queries [ROWS, D] in shared memory.
       keys, values: of both the shared memory [STAGES, BLOCK_K, D] and the barriers of what is ready and free.
+      done: steps before these, which used the memory in turn.
+      ahead: called once `q` is no longer read.
       out_acc: accumulator [ROWS, D].
 
     Returns:
@@ -212,7 +273,7 @@ def attend_tile(q, keys, values, count, valid, no_keys, out_acc):
     scores_type = plgpu.ACC((ROWS, BLOCK_K), jnp.float32)
 
     def slot(i):
-        return lax.rem(jnp.asarray(i, jnp.int32), STAGES)
+        return lax.rem(done + jnp.asarray(i, jnp.int32), STAGES)
 
     def softmax(s, peak, total):
         new_peak = jnp.maximum(peak, jnp.max(s, axis=1) * scale)
@@ -257,6 +318,7 @@ def attend_tile(q, keys, values, count, valid, no_keys, out_acc):
         return weights.astype(q.dtype), peak, total
 
     weights, peak, total = lax.fori_loop(1, count, step, (weights.astype(q.dtype), peak, total))
+    ahead()
     last = slot(count - 1)
     plgpu.wgmma(out_acc, weights, v_smem.at[last])
     out = out_acc[...]

@@ -1,102 +1,180 @@
 """How `attention_hopper` deals queries and keys to the processors of a card.
 
-One block of threads fills a processor. 4680 queries of 12 heads are 444 tiles, 3.4 rounds of the 132 processors of a
-card, and in the last round half of these would be idle. So the last tiles of every head are walked by several blocks
-each, a run of the keys for each.
+A tile is 128 queries of one head. Two blocks of threads on neighbouring processors, a cluster, walk in step over the
+keys of two tiles, a pair: of one head, or where a head has an odd number of tiles the last ones of two heads, which
+have no keys in common. As many clusters as the card has room for each take one pair after another.
 
-Two blocks on neighbouring processors, a cluster, walk in step over the same run, for two tiles of one head. Where a
-head has an odd number of tiles, its last one goes with that of the next head: such two have no keys in common.
+4680 queries of 12 heads are 222 pairs, 3.4 for each of 66 clusters. So that all end at once, the pairs of the last
+tiles of every head are laid in a row, keys behind keys, and a cluster gets the stretch of it that makes its share even:
+the rest of a pair that others have begun, or the beginning of one, or both (stream-K, arXiv:2301.03598). What several
+find for the same queries is merged.
 """
 
 from __future__ import annotations
 
-import itertools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 TILE = 128  # queries of a block
 CLUSTER = 2  # blocks
-# Measured on an H200, in keys that a block could walk over meanwhile (11.7 ns each): what a block costs beside its
-# keys, what a merge costs, and what it costs for each run.
-BLOCK_COST, MERGE_COST, RUN_COST = 700, 450, 150
+# In keys that a block could walk over meanwhile (11.7 ns each on an H200): what a tile costs beside its keys, what a
+# merge costs, and what it costs for every run of every tile.
+TILE_COST, MERGE_COST, RUN_COST = 300, 450, 3
+MOST = 8  # clusters for each pair that there is: more find too little to do
 
 
 class Place(NamedTuple):
-    """What one block does: bool and int32 scalars, or arrays of them.
+    """What a block does: bool and int32 scalars, or arrays of them.
 
     Attributes:
       shared: whether its tile is walked by other blocks too.
       tile: among the shared tiles of the head, or among the others.
       head: of those of all samples.
-      run: of keys.
       together: whether the other block of the cluster walks over the same keys.
+      run: where to put what is found for a shared tile; no two blocks of one tile have the same.
+      begin, end: the part of the keys, in `clusters`ths.
     """
 
     shared: jax.Array
     tile: jax.Array
     head: jax.Array
-    run: jax.Array
     together: jax.Array
+    run: jax.Array
+    begin: jax.Array
+    end: jax.Array
 
 
 class Plan(NamedTuple):
-    """In every head the last `shared` of `tiles` are walked by `runs` blocks each, the others by one."""
+    """In each of `heads` (all samples' together), the last `shared` of `tiles` are walked by several of `clusters`, the
+    others by one."""
 
     tiles: int
+    heads: int
     shared: int
-    runs: int
+    clusters: int
 
     @classmethod
     def cheapest(cls, queries: int, heads: int, keys: int, processors: int) -> Plan:
-        """The plan with the shortest rounds for `queries` of `heads` (all samples' together) over `keys`."""
+        """The plan that ends first, for `queries` of `heads` over `keys`."""
         tiles = -(-queries // TILE)
-        at_once = max(processors // CLUSTER, 1)
+        room = max(processors // CLUSTER, 1)
+        alone = cls(tiles, heads, 0, min(room, _pairs(tiles, heads)))
+        room = min(room, MOST * _pairs(tiles, heads))
+        plans = [cls(tiles, heads, shared, room) for shared in range(1, tiles + 1)]
+        return min([alone, *filter(cls._is_even, plans)], key=lambda plan: plan._cost(keys))
 
-        def cost(plan):
-            whole, shared = (-(-clusters // at_once) for clusters in plan.clusters(heads))
-            rounds = whole * (keys + BLOCK_COST)
-            if shared:
-                rounds += shared * (keys / plan.runs + BLOCK_COST) + MERGE_COST + plan.runs * RUN_COST
-            return rounds
+    def _is_even(self) -> bool:
+        """Whether no cluster has more whole pairs than its share."""
+        return -(-self.whole_pairs // self.clusters) * self.clusters <= self.whole_pairs + self.shared_pairs
 
-        shares = (cls(tiles, *how) for how in itertools.product(range(1, tiles + 1), range(2, 9)))
-        return min([cls(tiles, 0, 1), *shares], key=cost)
+    def _cost(self, keys: int) -> float:
+        rounds = -(-self.whole_pairs // self.clusters)
+        cost = rounds * (keys + TILE_COST)
+        if self.shared:
+            share = (self.whole_pairs + self.shared_pairs) / self.clusters - rounds
+            cost += share * keys + (share // 1 + 2) * TILE_COST
+            cost += MERGE_COST + self.runs * self.shared * self.heads * RUN_COST
+        return cost
 
     @property
     def whole(self) -> int:
         """Tiles of a head that one block walks."""
         return self.tiles - self.shared
 
-    def clusters(self, heads: int) -> tuple[int, int]:
-        """Clusters that walk over whole tiles, and over shared ones."""
-        return _clusters(self.whole, heads), self.runs * _clusters(self.shared, heads)
+    @property
+    def whole_pairs(self) -> int:
+        return _pairs(self.whole, self.heads)
 
-    def place(self, cluster, side, heads: int) -> Place:
-        """Of block `side` of a cluster, int32 scalars or arrays. Whole tiles come first, and neighbours share their
-        keys, so that these are read from the L2 cache."""
-        first_shared, _ = self.clusters(heads)
-        is_shared = cluster >= first_shared
-        tiles = jnp.where(is_shared, self.shared, self.whole)
-        pairs = lax.div(tiles, 2)  # in a head
-        of_run = jnp.where(is_shared, _clusters(self.shared, heads), _clusters(self.whole, heads))
-        index = jnp.where(is_shared, cluster - first_shared, cluster)
-        run, index = lax.div(index, of_run), lax.rem(index, of_run)
-        together = index < heads * pairs
-        pair, own_head = lax.rem(index, jnp.maximum(pairs, 1)), lax.div(index, jnp.maximum(pairs, 1))
+    @property
+    def shared_pairs(self) -> int:
+        return _pairs(self.shared, self.heads)
+
+    def borders(self) -> np.ndarray:
+        """Where each cluster's stretch of the shared pairs begins, and where the last one ends, int32 [clusters + 1] in
+        `clusters`ths of a pair."""
+        share = self.whole_pairs + self.shared_pairs if self.shared else 0
+        wholes = -(-(self.whole_pairs - np.arange(self.clusters)) // self.clusters) if self.shared else 0
+        stretches = np.broadcast_to(share - wholes * self.clusters, self.clusters)
+        return np.concatenate([[0], np.cumsum(stretches)]).astype(np.int32)
+
+    def walkers(self) -> list[range]:
+        """The clusters that walk each shared pair."""
+        borders = self.borders()
+        begins, ends = borders[:-1], borders[1:]
+        pairs = self.clusters * np.arange(self.shared_pairs)
+        return [
+            range(int((ends <= pair).sum()), int((begins < pair + self.clusters).sum())) for pair in pairs
+        ]
+
+    @property
+    def runs(self) -> int:
+        """The most clusters that walk one shared pair."""
+        return max(map(len, self.walkers()), default=1)
+
+    def is_run(self) -> np.ndarray:
+        """Which runs of shared tiles there are, bool [runs, heads, shared]; the others are undefined."""
+        found = np.zeros((self.runs, self.heads, self.shared), bool)
+        pairs_of_head = self.shared // CLUSTER
+        for pair, clusters in enumerate(self.walkers()):
+            head, first = divmod(pair, pairs_of_head) if pairs_of_head else (self.heads, 0)
+            at = np.s_[head, first * CLUSTER : (first + 1) * CLUSTER]
+            if head >= self.heads:
+                first_head = (pair - self.heads * pairs_of_head) * CLUSTER
+                at = np.s_[first_head : first_head + CLUSTER, -1]
+            for cluster in clusters:
+                found[cluster % self.runs][at] = True
+        return found
+
+    # In a kernel: arguments are int32 scalars, or arrays of them.
+
+    def count(self, cluster, begin, end):
+        """How many pairs a cluster walks, whose stretch is from `begin` to `end` of `borders`."""
+        first, behind = self._stretch(begin, end)
+        return self._wholes(cluster) + behind - first
+
+    def place(self, cluster, side, index, begin, end) -> Place:
+        """Of block `side` of a cluster, for the pair that is the `index`th it walks. Pairs of one head are walked by
+        neighbours, so that keys are read from the L2 cache."""
+        wholes = self._wholes(cluster)
+        shared = index >= wholes
+        pair = jnp.where(
+            shared, self._stretch(begin, end)[0] + index - wholes, index * self.clusters + cluster
+        )
+        tiles = jnp.where(shared, self.shared, self.whole)
+        of_head = lax.div(tiles, CLUSTER)
+        together = pair < self.heads * of_head
+        head, of_tile = (f(pair, jnp.maximum(of_head, 1)) for f in (lax.div, lax.rem))
         # With an odd number of heads the last two blocks do the same.
-        last_head = jnp.minimum((index - heads * pairs) * CLUSTER + side, heads - 1)
-        tile = jnp.where(together, pair * CLUSTER + side, tiles - 1)
-        return Place(is_shared, tile, jnp.where(together, own_head, last_head), run, together)
+        last_head = jnp.minimum((pair - self.heads * of_head) * CLUSTER + side, self.heads - 1)
+        first = jnp.where(shared, pair * self.clusters, 0)
+        return Place(
+            shared,
+            tile=jnp.where(together, of_tile * CLUSTER + side, tiles - 1),
+            head=jnp.where(together, head, last_head),
+            together=together,
+            run=lax.rem(cluster, self.runs),
+            begin=jnp.where(shared, jnp.maximum(begin - first, 0), 0),
+            end=jnp.where(shared, jnp.minimum(end - first, self.clusters), self.clusters),
+        )
+
+    def _wholes(self, cluster):
+        return lax.div(self.whole_pairs - cluster + (self.clusters - 1), self.clusters)
+
+    def _stretch(self, begin, end):
+        """The first shared pair of a stretch, and the first behind it."""
+        first = lax.div(begin, self.clusters)
+        behind = lax.div(end + (self.clusters - 1), self.clusters)
+        return first, jnp.where(end > begin, behind, first)
 
     def span(self, place: Place, key_tiles):
         """The first of `key_tiles` that a block walks over, and the first behind them."""
-        runs = jnp.where(place.shared, self.runs, 1)
-        return lax.div(place.run * key_tiles, runs), lax.div((place.run + 1) * key_tiles, runs)
+        return lax.div(place.begin * key_tiles, self.clusters), lax.div(place.end * key_tiles, self.clusters)
 
 
-def _clusters(tiles, heads):
-    """For one run over so many tiles of every head."""
+def _pairs(tiles: int, heads: int) -> int:
+    """Of so many tiles of every head."""
     return heads * (tiles // CLUSTER) + tiles % CLUSTER * -(-heads // CLUSTER)

@@ -362,32 +362,41 @@ def test_hopper_kernel_lowers_for_a_gpu(monkeypatch, T, K, D, parts):
 
 
 @pytest.mark.parametrize("length", [0, 1, 130, 300, 320])
-@pytest.mark.parametrize("plan", [(3, 0, 1), (3, 1, 2), (3, 2, 5), (3, 3, 2)])
+@pytest.mark.parametrize("plan", [(3, 6, 0, 5), (3, 6, 1, 4), (3, 6, 2, 5), (3, 6, 3, 7)])
 def test_shared_queries_of_the_hopper_kernel_are_merged(monkeypatch, length, plan):
     """With the kernel replaced by what it is documented to return."""
     plan = attention_hopper.Plan(*plan)
 
     def kernel(q, k, v, length, *, plan, no_keys):
-        T, tiles, first = q.shape[1], -(-int(length[0]) // 128), plan.whole * 128
+        (B, T, N, D), first, last = q.shape, plan.whole * 128, int(length[0])
         assert T % 8 == 0
         padded = np.pad(q, ((0, 0), (0, plan.tiles * 128 - T), (0, 0), (0, 0)))
 
-        def run(rows, start, stop):
-            stop = min(stop, int(length[0]))
+        def run(rows, start, stop, sample=slice(None), head=slice(None)):
+            of = np.s_[sample, rows, head]
+            stop = min(stop, last)
             if stop > start:
-                return reference(padded[:, rows], k[:, start:stop], v[:, start:stop])
-            shape = padded[:, rows].shape
+                return reference(padded[of], *(x[sample, start:stop, head] for x in (k, v)))
+            shape = padded[of].shape
             return np.ones(shape), np.full((shape[0], shape[2], shape[1]), no_keys)
 
         out, lse = run(slice(0, first), 0, k.shape[1])
-        results = [np.full((2, 8, 3, 8), np.nan)] * 2
+        results = [np.full((2, 8, N, D), np.nan)] * 2
         if first:  # room for all queries, of which the last are undefined
-            undefined = np.full((2, max(T - first, 0), 3, 8), np.nan)
+            undefined = np.full((2, max(T - first, 0), N, D), np.nan)
             results = [np.concatenate([out[:, :T], undefined], axis=1), lse]
         if plan.shared:
-            bounds = [128 * (n * tiles // plan.runs) for n in range(plan.runs + 1)]
-            runs = [run(slice(first, None), *bounds[n : n + 2]) for n in range(plan.runs)]
-            outs, lses = (np.stack(x) for x in zip(*runs, strict=True))
+            outs = np.full((plan.runs, B, plan.shared * 128, N, D), np.nan)
+            lses = np.full((plan.runs, B, N, plan.shared * 128), np.nan)
+            for head, tile in np.ndindex(plan.heads, plan.shared):
+                runs = np.flatnonzero(plan.is_run()[:, head, tile])
+                sample, n = divmod(head, N)
+                rows = slice(first + tile * 128, first + tile * 128 + 128)
+                for i, r in enumerate(runs):
+                    bounds = (128 * (j * -(-last // 128) // len(runs)) for j in (i, i + 1))
+                    found = run(rows, *bounds, slice(sample, sample + 1), slice(n, n + 1))
+                    outs[r, sample, tile * 128 : tile * 128 + 128, n] = found[0][0, :, 0]
+                    lses[r, sample, n, tile * 128 : tile * 128 + 128] = found[1][0, 0]
             results += [outs, lses]
         return [jnp.asarray(x, jnp.float32) for x in results]
 
