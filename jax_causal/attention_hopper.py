@@ -158,24 +158,26 @@ def _kernel(
     )
     N = q_ref.shape[2]
     me, cluster, side = (lax.axis_index(name) for name in ("warpgroup", "cluster", "side"))
-    stretch = borders_ref[cluster], borders_ref[cluster + 1]
-    tiles = plan.count(cluster, *stretch)
-    length = length_ref[0]
+    tiles = plan.count(cluster, borders_ref[cluster], borders_ref[cluster + 1])
+
+    # These read from memory what would have to stay in registers from tile to tile.
+
+    def find(index):
+        """The place of the `index`th tile."""
+        return plan.place(cluster, side, index, borders_ref[cluster], borders_ref[cluster + 1])
 
     def walk(index):
         """Where the `index`th tile is, the last step of its keys, how many there are, and how many keys are valid in
         the last. Only this one can be partly valid: it comes first."""
-        place = plan.place(cluster, side, index, *stretch)
+        place, length = find(index), length_ref[0]
         start, stop = plan.span(place, lax.div(length + (BLOCK_K - 1), BLOCK_K))
-        count = jnp.maximum(
-            stop - start, 1
-        )  # a run without keys walks over one step of which nothing is valid
+        count = jnp.maximum(stop - start, 1)  # without keys, over one step of which nothing is valid
         last = start + count - 1
         return place, last, count, jnp.minimum(length, stop * BLOCK_K) - last * BLOCK_K
 
     @pl.when(me == WORKERS)
     def _copy():
-        plgpu.set_max_registers(32, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
 
         def tile(index, done):
             place, last, count, _ = walk(index)
@@ -199,55 +201,76 @@ def _kernel(
 
     @pl.when(me < WORKERS)
     def _multiply():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(240, action="increase")
         queries, shown, ready = q_smem.at[me], out_smem.at[me], q_ready.at[me]
 
+        def first_row(place):
+            return (place.tile + jnp.where(place.shared, plan.whole, 0)) * TILE + me * ROWS
+
         def load_queries(index):
-            place = plan.place(cluster, side, index, *stretch)
+            place = find(index)
             batch, head = lax.div(place.head, N), lax.rem(place.head, N)
-            first = (place.tile + jnp.where(place.shared, plan.whole, 0)) * TILE + me * ROWS
-            plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(first, ROWS), head], queries, ready)
+            plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(first_row(place), ROWS), head], queries, ready)
 
         def tile(index, done):
             place, _, count, valid = walk(index)
-            batch, head = lax.div(place.head, N), lax.rem(place.head, N)
-            rows = pl.ds(place.tile * TILE + me * ROWS, ROWS)  # in whole or shared ones
 
             def ahead():
                 pl.when(index + 1 < tiles)(lambda: load_queries(index + 1))
 
-            plgpu.barrier_wait(ready)
-            attended = functools.partial(
-                attend_tile,
-                queries,
-                (k_smem, k_ready, k_free),
-                (v_smem, v_ready, v_free),
-                done,
-                count,
-                valid,
-                no_keys,
-                ahead,
-            )
-            out, lse = pl.run_scoped(attended, plgpu.ACC((ROWS, queries.shape[1]), jnp.float32))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left this memory
-            lse_smem[me] = lse
+            def attended():
+                out, lse = pl.run_scoped(
+                    functools.partial(
+                        attend_tile,
+                        queries,
+                        (k_smem, k_ready, k_free),
+                        (v_smem, v_ready, v_free),
+                        done,
+                        count,
+                        valid,
+                        no_keys,
+                        ahead,
+                    ),
+                    plgpu.ACC((ROWS, queries.shape[1]), jnp.float32),
+                )
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left this memory
+                lse_smem[me] = lse
+                place = find(index)
+                batch, head = lax.div(place.head, N), lax.rem(place.head, N)
+                rows = pl.ds(place.tile * TILE + me * ROWS, ROWS)  # in whole or shared ones
 
-            @pl.when(jnp.logical_not(place.shared))
-            def _whole():
-                shown[...] = out.astype(shown.dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(shown, out_ref.at[batch, rows, head])
-                plgpu.copy_smem_to_gmem(lse_smem.at[me], lse_ref.at[batch, head, rows])
-
-            if plan.shared:
-
-                @pl.when(place.shared)
-                def _shared():
-                    shared_out, shared_lse = shared_refs
-                    shared_out[place.run, batch, rows, head] = out
+                @pl.when(jnp.logical_not(place.shared))
+                def _whole():
+                    shown[...] = out.astype(shown.dtype)
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(lse_smem.at[me], shared_lse.at[place.run, batch, head, rows])
+                    plgpu.copy_smem_to_gmem(shown, out_ref.at[batch, rows, head])
+                    plgpu.copy_smem_to_gmem(lse_smem.at[me], lse_ref.at[batch, head, rows])
 
+                if plan.shared:
+
+                    @pl.when(place.shared)
+                    def _shared():
+                        shared_out, shared_lse = shared_refs
+                        shared_out[place.run, batch, rows, head] = out
+                        plgpu.commit_smem()
+                        plgpu.copy_smem_to_gmem(lse_smem.at[me], shared_lse.at[place.run, batch, head, rows])
+
+            def passed():
+                ahead()
+
+                @pl.loop(done, done + count)
+                def _(step):
+                    for ready, free in ((k_ready, k_free), (v_ready, v_free)):
+                        plgpu.barrier_wait(ready.at[lax.rem(step, STAGES)])
+                        plgpu.barrier_arrive(free.at[lax.rem(step, STAGES)])
+
+            plgpu.barrier_wait(ready)
+            if plan.thin:
+                has_queries = first_row(place) < q_ref.shape[1]
+                pl.when(has_queries)(attended)
+                pl.when(jnp.logical_not(has_queries))(passed)
+            else:
+                attended()
             return done + count
 
         load_queries(0)

@@ -7,7 +7,8 @@ have no keys in common. As many clusters as the card has room for each take one 
 4680 queries of 12 heads are 222 pairs, 3.4 for each of 66 clusters. So that all end at once, the pairs of the last
 tiles of every head are laid in a row, keys behind keys, and a cluster gets the stretch of it that makes its share even:
 the rest of a pair that others have begun, or the beginning of one, or both (stream-K, arXiv:2301.03598). What several
-find for the same queries is merged.
+find for the same queries is merged. A last tile of few queries is thin: half of its threads have none, and its keys
+take half the time.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from jax import lax
 
 TILE = 128  # queries of a block
 CLUSTER = 2  # blocks
+PARTS = 1024  # of the keys of a shared pair, in which stretches are counted
+THIN, THIN_COST = 64, 0.55  # the most queries of a thin tile, and the time of its keys beside that of others
 # In keys that a block could walk over meanwhile (11.7 ns each on an H200): what a tile costs beside its keys, what a
 # merge costs, and what it costs for every run of every tile.
 TILE_COST, MERGE_COST, RUN_COST = 300, 450, 3
@@ -36,7 +39,7 @@ class Place(NamedTuple):
       head: of those of all samples.
       together: whether the other block of the cluster walks over the same keys.
       run: where to put what is found for a shared tile; no two blocks of one tile have the same.
-      begin, end: the part of the keys, in `clusters`ths.
+      begin, end: the part of the keys, of `PARTS`.
     """
 
     shared: jax.Array
@@ -50,32 +53,43 @@ class Place(NamedTuple):
 
 class Plan(NamedTuple):
     """In each of `heads` (all samples' together), the last `shared` of `tiles` are walked by several of `clusters`, the
-    others by one."""
+    others by one; `thin` says that the very last one is."""
 
     tiles: int
     heads: int
     shared: int
     clusters: int
+    thin: bool
 
     @classmethod
     def cheapest(cls, queries: int, heads: int, keys: int, processors: int) -> Plan:
         """The plan that ends first, for `queries` of `heads` over `keys`."""
         tiles = -(-queries // TILE)
         room = max(processors // CLUSTER, 1)
-        alone = cls(tiles, heads, 0, min(room, _pairs(tiles, heads)))
+        thin = 0 < queries % TILE <= THIN
+        alone = cls(tiles, heads, 0, min(room, _pairs(tiles, heads)), thin)
         room = min(room, MOST * _pairs(tiles, heads))
-        plans = [cls(tiles, heads, shared, room) for shared in range(1, tiles + 1)]
+        plans = [cls(tiles, heads, shared, room, thin) for shared in range(1, tiles + 1)]
         return min([alone, *filter(cls._is_even, plans)], key=lambda plan: plan._cost(keys))
 
     def _is_even(self) -> bool:
         """Whether no cluster has more whole pairs than its share."""
-        return -(-self.whole_pairs // self.clusters) * self.clusters <= self.whole_pairs + self.shared_pairs
+        return -(-self.whole_pairs // self.clusters) <= self._share()
+
+    def _share(self) -> float:
+        """Time of a cluster, in that of a pair."""
+        thin = self._thin_pairs()
+        return (self.whole_pairs + self.shared_pairs - thin + thin * THIN_COST) / self.clusters
+
+    def _thin_pairs(self) -> int:
+        """How many of the shared pairs, the last ones, have thin tiles only."""
+        return _pairs(1, self.heads) if self.thin and self.shared % CLUSTER else 0
 
     def _cost(self, keys: int) -> float:
         rounds = -(-self.whole_pairs // self.clusters)
         cost = rounds * (keys + TILE_COST)
         if self.shared:
-            share = (self.whole_pairs + self.shared_pairs) / self.clusters - rounds
+            share = self._share() - rounds
             cost += share * keys + (share // 1 + 2) * TILE_COST
             cost += MERGE_COST + self.runs * self.shared * self.heads * RUN_COST
         return cost
@@ -94,21 +108,22 @@ class Plan(NamedTuple):
         return _pairs(self.shared, self.heads)
 
     def borders(self) -> np.ndarray:
-        """Where each cluster's stretch of the shared pairs begins, and where the last one ends, int32 [clusters + 1] in
-        `clusters`ths of a pair."""
-        share = self.whole_pairs + self.shared_pairs if self.shared else 0
-        wholes = -(-(self.whole_pairs - np.arange(self.clusters)) // self.clusters) if self.shared else 0
-        stretches = np.broadcast_to(share - wholes * self.clusters, self.clusters)
-        return np.concatenate([[0], np.cumsum(stretches)]).astype(np.int32)
+        """Where each cluster's stretch of the shared pairs begins, and where the last one ends, int32 [clusters + 1]:
+        `PARTS` to a pair."""
+        if not self.shared:
+            return np.zeros(self.clusters + 1, np.int32)
+        wholes = -(-(self.whole_pairs - np.arange(self.clusters)) // self.clusters)
+        times = np.concatenate([[0], np.cumsum(self._share() - wholes)])
+        thick = self.shared_pairs - self._thin_pairs()
+        places = np.where(times <= thick, times, thick + (times - thick) / THIN_COST)
+        return np.rint(places * PARTS).astype(np.int32)
 
     def walkers(self) -> list[range]:
         """The clusters that walk each shared pair."""
         borders = self.borders()
         begins, ends = borders[:-1], borders[1:]
-        pairs = self.clusters * np.arange(self.shared_pairs)
-        return [
-            range(int((ends <= pair).sum()), int((begins < pair + self.clusters).sum())) for pair in pairs
-        ]
+        pairs = PARTS * np.arange(self.shared_pairs)
+        return [range(int((ends <= pair).sum()), int((begins < pair + PARTS).sum())) for pair in pairs]
 
     @property
     def runs(self) -> int:
@@ -150,7 +165,7 @@ class Plan(NamedTuple):
         head, of_tile = (f(pair, jnp.maximum(of_head, 1)) for f in (lax.div, lax.rem))
         # With an odd number of heads the last two blocks do the same.
         last_head = jnp.minimum((pair - self.heads * of_head) * CLUSTER + side, self.heads - 1)
-        first = jnp.where(shared, pair * self.clusters, 0)
+        first = jnp.where(shared, pair * PARTS, 0)
         return Place(
             shared,
             tile=jnp.where(together, of_tile * CLUSTER + side, tiles - 1),
@@ -158,7 +173,7 @@ class Plan(NamedTuple):
             together=together,
             run=lax.rem(cluster, self.runs),
             begin=jnp.where(shared, jnp.maximum(begin - first, 0), 0),
-            end=jnp.where(shared, jnp.minimum(end - first, self.clusters), self.clusters),
+            end=jnp.where(shared, jnp.minimum(end - first, PARTS), PARTS),
         )
 
     def _wholes(self, cluster):
@@ -166,13 +181,13 @@ class Plan(NamedTuple):
 
     def _stretch(self, begin, end):
         """The first shared pair of a stretch, and the first behind it."""
-        first = lax.div(begin, self.clusters)
-        behind = lax.div(end + (self.clusters - 1), self.clusters)
+        first = lax.div(begin, PARTS)
+        behind = lax.div(end + (PARTS - 1), PARTS)
         return first, jnp.where(end > begin, behind, first)
 
     def span(self, place: Place, key_tiles):
         """The first of `key_tiles` that a block walks over, and the first behind them."""
-        return lax.div(place.begin * key_tiles, self.clusters), lax.div(place.end * key_tiles, self.clusters)
+        return lax.div(place.begin * key_tiles, PARTS), lax.div(place.end * key_tiles, PARTS)
 
 
 def _pairs(tiles: int, heads: int) -> int:

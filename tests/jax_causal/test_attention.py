@@ -362,7 +362,9 @@ def test_hopper_kernel_lowers_for_a_gpu(monkeypatch, T, K, D, parts):
 
 
 @pytest.mark.parametrize("length", [0, 1, 130, 300, 320])
-@pytest.mark.parametrize("plan", [(3, 6, 0, 5), (3, 6, 1, 4), (3, 6, 2, 5), (3, 6, 3, 7)])
+@pytest.mark.parametrize(
+    "plan", [(3, 6, 0, 5, True), (3, 6, 1, 4, True), (3, 6, 2, 5, False), (3, 6, 3, 7, True)]
+)
 def test_shared_queries_of_the_hopper_kernel_are_merged(monkeypatch, length, plan):
     """With the kernel replaced by what it is documented to return."""
     plan = attention_hopper.Plan(*plan)
