@@ -135,11 +135,10 @@ class Plan(NamedTuple):
         found = np.zeros((self.runs, self.heads, self.shared), bool)
         pairs_of_head = self.shared // CLUSTER
         for pair, clusters in enumerate(self.walkers()):
-            head, first = divmod(pair, pairs_of_head) if pairs_of_head else (self.heads, 0)
+            first, head = divmod(pair, self.heads)
             at = np.s_[head, first * CLUSTER : (first + 1) * CLUSTER]
-            if head >= self.heads:
-                first_head = (pair - self.heads * pairs_of_head) * CLUSTER
-                at = np.s_[first_head : first_head + CLUSTER, -1]
+            if first == pairs_of_head:
+                at = np.s_[head * CLUSTER : (head + 1) * CLUSTER, -1]
             for cluster in clusters:
                 found[cluster % self.runs][at] = True
         return found
@@ -152,8 +151,12 @@ class Plan(NamedTuple):
         return self._wholes(cluster) + behind - first
 
     def place(self, cluster, side, index, begin, end) -> Place:
-        """Of block `side` of a cluster, for the pair that is the `index`th it walks. Pairs of one head are walked by
-        neighbours, so that keys are read from the L2 cache."""
+        """Of block `side` of a cluster, for the pair that is the `index`th it walks.
+
+        So that keys are read from the L2 cache, whole pairs of one head are neighbours, and walked at once. Of shared
+        pairs, which begin at different keys, those of all heads are neighbours: between two pairs of one head lies
+        then a number of clusters that is whole or nearly so, and these two walk over the same keys at once.
+        """
         wholes = self._wholes(cluster)
         shared = index >= wholes
         pair = jnp.where(
@@ -162,7 +165,9 @@ class Plan(NamedTuple):
         tiles = jnp.where(shared, self.shared, self.whole)
         of_head = lax.div(tiles, CLUSTER)
         together = pair < self.heads * of_head
-        head, of_tile = (f(pair, jnp.maximum(of_head, 1)) for f in (lax.div, lax.rem))
+        row = jnp.where(shared, self.heads, jnp.maximum(of_head, 1))
+        quotient, rest = lax.div(pair, row), lax.rem(pair, row)
+        head, of_tile = jnp.where(shared, rest, quotient), jnp.where(shared, quotient, rest)
         # With an odd number of heads the last two blocks do the same.
         last_head = jnp.minimum((pair - self.heads * of_head) * CLUSTER + side, self.heads - 1)
         first = jnp.where(shared, pair * PARTS, 0)
