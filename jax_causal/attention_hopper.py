@@ -51,9 +51,7 @@ def attend(q, k, v, length, *, no_keys: float, merge, processors: int) -> tuple[
     out, lse, *shared = forward(q, k, v, length, plan=plan, no_keys=no_keys)
     if plan.shared:
         rows = q.shape[1] - plan.whole * TILE
-        outs, lses = merge(
-            *_runs(plan, *(x[:, :, :rows] for x in (shared[0], jnp.swapaxes(shared[1], 2, 3))), no_keys)
-        )
+        outs, lses = merge(*_runs(plan, *(x[:, :, :rows] for x in shared), no_keys))
         outs = outs.astype(out.dtype)
         if plan.whole:
             # In place. Without the barrier XLA (of jax 0.11.2) may draw the update into the kernel, and find a circle.
@@ -85,7 +83,7 @@ def forward(q, k, v, length, *, plan: Plan, no_keys: float):
 
     Returns out [B, T, N, D], undefined where tiles are shared, and lse [B, N, whole * 128] of whole tiles (both smaller
     and undefined where there are none). Of shared ones each run's fp32 out [runs, B, shared * 128, N, D] and lse [runs,
-    B, N, shared * 128], undefined where `Plan.is_run` says that there is none.
+    B, shared * 128, N], undefined where `Plan.is_run` says that there is none.
     """
     B, T, N, D = q.shape
     out_type = [
@@ -109,7 +107,7 @@ def forward(q, k, v, length, *, plan: Plan, no_keys: float):
     if plan.shared:
         out_type += [
             jax.ShapeDtypeStruct((plan.runs, B, plan.shared * TILE, N, D), jnp.float32),
-            jax.ShapeDtypeStruct((plan.runs, B, N, plan.shared * TILE), jnp.float32),
+            jax.ShapeDtypeStruct((plan.runs, B, plan.shared * TILE, N), jnp.float32),
         ]
     return plgpu.kernel(
         functools.partial(_kernel, plan=plan, no_keys=no_keys),
@@ -204,73 +202,52 @@ def _kernel(
         plgpu.set_max_registers(240, action="increase")
         queries, shown, ready = q_smem.at[me], out_smem.at[me], q_ready.at[me]
 
-        def first_row(place):
-            return (place.tile + jnp.where(place.shared, plan.whole, 0)) * TILE + me * ROWS
-
         def load_queries(index):
             place = find(index)
             batch, head = lax.div(place.head, N), lax.rem(place.head, N)
-            plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(first_row(place), ROWS), head], queries, ready)
+            first = (place.tile + jnp.where(place.shared, plan.whole, 0)) * TILE + me * ROWS
+            plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(first, ROWS), head], queries, ready)
 
         def tile(index, done):
-            place, _, count, valid = walk(index)
+            _, _, count, valid = walk(index)
 
             def ahead():
                 pl.when(index + 1 < tiles)(lambda: load_queries(index + 1))
 
-            def attended():
-                out, lse = pl.run_scoped(
-                    functools.partial(
-                        attend_tile,
-                        queries,
-                        (k_smem, k_ready, k_free),
-                        (v_smem, v_ready, v_free),
-                        done,
-                        count,
-                        valid,
-                        no_keys,
-                        ahead,
-                    ),
-                    plgpu.ACC((ROWS, queries.shape[1]), jnp.float32),
-                )
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left this memory
-                lse_smem[me] = lse
-                place = find(index)
-                batch, head = lax.div(place.head, N), lax.rem(place.head, N)
-                rows = pl.ds(place.tile * TILE + me * ROWS, ROWS)  # in whole or shared ones
-
-                @pl.when(jnp.logical_not(place.shared))
-                def _whole():
-                    shown[...] = out.astype(shown.dtype)
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(shown, out_ref.at[batch, rows, head])
-                    plgpu.copy_smem_to_gmem(lse_smem.at[me], lse_ref.at[batch, head, rows])
-
-                if plan.shared:
-
-                    @pl.when(place.shared)
-                    def _shared():
-                        shared_out, shared_lse = shared_refs
-                        shared_out[place.run, batch, rows, head] = out
-                        plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(lse_smem.at[me], shared_lse.at[place.run, batch, head, rows])
-
-            def passed():
-                ahead()
-
-                @pl.loop(done, done + count)
-                def _(step):
-                    for ready, free in ((k_ready, k_free), (v_ready, v_free)):
-                        plgpu.barrier_wait(ready.at[lax.rem(step, STAGES)])
-                        plgpu.barrier_arrive(free.at[lax.rem(step, STAGES)])
-
             plgpu.barrier_wait(ready)
-            if plan.thin:
-                has_queries = first_row(place) < q_ref.shape[1]
-                pl.when(has_queries)(attended)
-                pl.when(jnp.logical_not(has_queries))(passed)
-            else:
-                attended()
+            attended = functools.partial(
+                attend_tile,
+                queries,
+                (k_smem, k_ready, k_free),
+                (v_smem, v_ready, v_free),
+                done,
+                count,
+                valid,
+                no_keys,
+                ahead,
+            )
+            out, lse = pl.run_scoped(attended, plgpu.ACC((ROWS, queries.shape[1]), jnp.float32))
+            place = find(index)
+            batch, head = lax.div(place.head, N), lax.rem(place.head, N)
+            rows = pl.ds(place.tile * TILE + me * ROWS, ROWS)  # in whole or shared ones
+
+            @pl.when(jnp.logical_not(place.shared))
+            def _whole():
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left this memory
+                shown[...] = out.astype(shown.dtype)
+                lse_smem[me] = lse
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(shown, out_ref.at[batch, rows, head])
+                plgpu.copy_smem_to_gmem(lse_smem.at[me], lse_ref.at[batch, head, rows])
+
+            if plan.shared:
+
+                @pl.when(place.shared)
+                def _shared():
+                    shared_out, shared_lse = shared_refs
+                    shared_out[place.run, batch, rows, head] = out
+                    shared_lse[place.run, batch, rows, head] = lse
+
             return done + count
 
         load_queries(0)

@@ -7,8 +7,7 @@ have no keys in common. As many clusters as the card has room for each take one 
 4680 queries of 12 heads are 222 pairs, 3.4 for each of 66 clusters. So that all end at once, the pairs of the last
 tiles of every head are laid in a row, keys behind keys, and a cluster gets the stretch of it that makes its share even:
 the rest of a pair that others have begun, or the beginning of one, or both (stream-K, arXiv:2301.03598). What several
-find for the same queries is merged. A last tile of few queries is thin: half of its threads have none, and its keys
-take half the time.
+find for the same queries is merged.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from jax import lax
 TILE = 128  # queries of a block
 CLUSTER = 2  # blocks
 PARTS = 1024  # of the keys of a shared pair, in which stretches are counted
-THIN, THIN_COST = 64, 0.55  # the most queries of a thin tile, and the time of its keys beside that of others
 # In keys that a block could walk over meanwhile (11.7 ns each on an H200): what a tile costs beside its keys, what a
 # merge costs, and what it costs for every run of every tile.
 TILE_COST, MERGE_COST, RUN_COST = 300, 450, 3
@@ -53,23 +51,21 @@ class Place(NamedTuple):
 
 class Plan(NamedTuple):
     """In each of `heads` (all samples' together), the last `shared` of `tiles` are walked by several of `clusters`, the
-    others by one; `thin` says that the very last one is."""
+    others by one."""
 
     tiles: int
     heads: int
     shared: int
     clusters: int
-    thin: bool
 
     @classmethod
     def cheapest(cls, queries: int, heads: int, keys: int, processors: int) -> Plan:
         """The plan that ends first, for `queries` of `heads` over `keys`."""
         tiles = -(-queries // TILE)
         room = max(processors // CLUSTER, 1)
-        thin = 0 < queries % TILE <= THIN
-        alone = cls(tiles, heads, 0, min(room, _pairs(tiles, heads)), thin)
+        alone = cls(tiles, heads, 0, min(room, _pairs(tiles, heads)))
         room = min(room, MOST * _pairs(tiles, heads))
-        plans = [cls(tiles, heads, shared, room, thin) for shared in range(1, tiles + 1)]
+        plans = [cls(tiles, heads, shared, room) for shared in range(1, tiles + 1)]
         return min([alone, *filter(cls._is_even, plans)], key=lambda plan: plan._cost(keys))
 
     def _is_even(self) -> bool:
@@ -77,13 +73,8 @@ class Plan(NamedTuple):
         return -(-self.whole_pairs // self.clusters) <= self._share()
 
     def _share(self) -> float:
-        """Time of a cluster, in that of a pair."""
-        thin = self._thin_pairs()
-        return (self.whole_pairs + self.shared_pairs - thin + thin * THIN_COST) / self.clusters
-
-    def _thin_pairs(self) -> int:
-        """How many of the shared pairs, the last ones, have thin tiles only."""
-        return _pairs(1, self.heads) if self.thin and self.shared % CLUSTER else 0
+        """Pairs for each cluster."""
+        return (self.whole_pairs + self.shared_pairs) / self.clusters
 
     def _cost(self, keys: int) -> float:
         rounds = -(-self.whole_pairs // self.clusters)
@@ -113,10 +104,8 @@ class Plan(NamedTuple):
         if not self.shared:
             return np.zeros(self.clusters + 1, np.int32)
         wholes = -(-(self.whole_pairs - np.arange(self.clusters)) // self.clusters)
-        times = np.concatenate([[0], np.cumsum(self._share() - wholes)])
-        thick = self.shared_pairs - self._thin_pairs()
-        places = np.where(times <= thick, times, thick + (times - thick) / THIN_COST)
-        return np.rint(places * PARTS).astype(np.int32)
+        ends = np.cumsum(self._share() - wholes)
+        return np.rint(np.concatenate([[0], ends]) * PARTS).astype(np.int32)
 
     def walkers(self) -> list[range]:
         """The clusters that walk each shared pair."""

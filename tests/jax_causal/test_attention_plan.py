@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from jax_causal.attention_plan import PARTS, THIN, THIN_COST, Place, Plan
+from jax_causal.attention_plan import PARTS, Place, Plan
 
 PROCESSORS = 132
 SIZES = [(4680, 12, 32760), (4680, 12, 512), (9360, 12, 32760), (585, 12, 32760), (2352, 12, 32760), (2340, 3, 18720),
@@ -35,32 +35,21 @@ def test_plan_fills_the_card(queries, heads, keys):
     assert 0 <= plan.shared <= plan.tiles
     assert 1 <= plan.clusters <= PROCESSORS // 2
     key_tiles = -(-keys // 128)
-    few = 0 < queries % 128 <= THIN
-    assert plan.thin == few
-
-    def time(blocks):
-        last = plan.shared - 1 if blocks[0][0].shared else plan.whole - 1
-        thin = few and all(place.tile == last and (place.shared or not plan.shared) for place, _ in blocks)
-        start, stop = blocks[0][1]
-        return (stop - start) * (THIN_COST if thin else 1)
-
-    busy = [sum(map(time, walk)) for walk in walks(plan, key_tiles)]
+    busy = [sum(stop - start for (_, (start, stop)), _ in walk) for walk in walks(plan, key_tiles)]
     assert max(busy) <= -(-heads * plan.tiles // PROCESSORS) * key_tiles
     if keys >= 18720 and heads * queries >= 12 * 585:
         assert max(busy) - min(busy) <= 2  # steps, rounded at both ends
-        tiles = plan.tiles - few * (1 - THIN_COST)
-        assert heads * tiles * key_tiles > 0.97 * max(busy) * PROCESSORS  # the best possible is 1
+        assert heads * plan.tiles * key_tiles > 0.97 * max(busy) * PROCESSORS  # the best possible is 1
     assert plan.runs <= 9
 
 
 def test_plan_of_a_card_with_a_single_processor():
-    assert Plan.cheapest(300, 2, 512, 1) == (3, 2, 0, 1, True)
+    assert Plan.cheapest(300, 2, 512, 1) == (3, 2, 0, 1)
 
 
-PLANS = [Plan(tiles, heads, shared, clusters, thin)
+PLANS = [Plan(tiles, heads, shared, clusters)
          for tiles in (1, 2, 3, 19) for heads in (1, 3, 12) for clusters in (1, 4, 66)
-         for shared in sorted({0, 1, 2, tiles - 1, tiles}) if shared <= tiles
-         for thin in ((False, True) if shared % 2 else (False,))]  # fmt: skip
+         for shared in sorted({0, 1, 2, tiles - 1, tiles}) if shared <= tiles]  # fmt: skip
 PLANS = [plan for plan in PLANS if plan.shared == 0 or plan._is_even()]
 
 
