@@ -1,9 +1,8 @@
 """Flash-attention forward kernel for NVIDIA Hopper in Pallas (Mosaic GPU): the `hopper` back end of `attention`.
 
 A block of threads takes 128 queries of one head after another: two warpgroups of 64 that multiply, and a third that
-copies keys and values to shared memory ahead of them, also those of the next queries. A warpgroup starts the product of
-the next scores before it has used the last ones, so that softmax runs beside the tensor cores (FlashAttention-3,
-arXiv:2407.08608, section 3.2).
+copies keys and values to shared memory ahead of them, also those of the next queries. What a warpgroup does with a tile
+is in `attention_tile`.
 
 Two such blocks on neighbouring processors, a cluster, walk over the same keys for 128 queries each: a block copies one
 half of every step's keys and values, to both, and so half as much passes from the L2 cache. Which block does what is
@@ -13,7 +12,6 @@ said by `attention_plan`; what several find for the same queries is merged by fp
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +20,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jax_causal import attention_tile
 from jax_causal.attention_plan import CLUSTER, TILE, Plan
+from jax_causal.attention_tile import BLOCK_K, ROWS
 
-ROWS = 64  # queries of one warpgroup
 WORKERS = TILE // ROWS  # warpgroups that multiply
-BLOCK_K = 128  # keys of one step
 STAGES = 2  # steps that keys and values are copied ahead
 
 
@@ -129,6 +127,14 @@ def _swizzled(shape, dtype):
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
 
+def store(ref, value):
+    """To global memory, a few bytes here and there."""
+    if hasattr(plgpu, "store"):  # jax 0.12 does so only when told to
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
 def load(source, smem, ready, free, step, together):
     """Copies the keys or values of a step, once there is room: `together` each block of a cluster copies a half, to
     both."""
@@ -216,7 +222,7 @@ def _kernel(
 
             plgpu.barrier_wait(ready)
             attended = functools.partial(
-                attend_tile,
+                attention_tile.attend,
                 queries,
                 (k_smem, k_ready, k_free),
                 (v_smem, v_ready, v_free),
@@ -246,93 +252,10 @@ def _kernel(
                 def _shared():
                     shared_out, shared_lse = shared_refs
                     shared_out[place.run, batch, rows, head] = out
-                    shared_lse[place.run, batch, rows, head] = lse
+                    store(shared_lse.at[place.run, batch, rows, head], lse)
 
             return done + count
 
         load_queries(0)
         lax.fori_loop(0, tiles, tile, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
-
-
-def attend_tile(q, keys, values, done, count, valid, no_keys, ahead, out_acc):
-    """One warpgroup over `count` steps of keys, `valid` ones of the first step.
-
-    Args:
-      q: queries [ROWS, D] in shared memory.
-      keys, values: of both the shared memory [STAGES, BLOCK_K, D] and the barriers of what is ready and free.
-      done: steps before these, which used the memory in turn.
-      ahead: called once `q` is no longer read.
-      out_acc: accumulator [ROWS, D].
-
-    Returns:
-      out [ROWS, D] and its log-sum-exp [ROWS], float32.
-    """
-    (k_smem, k_ready, k_free), (v_smem, v_ready, v_free) = keys, values
-    scale = math.log2(math.e) / math.sqrt(q.shape[1])  # scores in base 2: exp2 is the native instruction
-    scores_type = plgpu.ACC((ROWS, BLOCK_K), jnp.float32)
-
-    def slot(i):
-        return lax.rem(done + jnp.asarray(i, jnp.int32), STAGES)
-
-    def softmax(s, peak, total):
-        new_peak = jnp.maximum(peak, jnp.max(s, axis=1) * scale)
-        shrink = jnp.exp2(peak - new_peak)
-        weights = jnp.exp2(s * scale - _over(new_peak, s.shape))
-        return weights, new_peak, total * shrink + jnp.sum(weights, axis=1), shrink
-
-    def first(s_acc):
-        plgpu.wgmma(s_acc, q, k_smem.at[slot(0)].transpose((1, 0)))
-        return s_acc[...]
-
-    plgpu.barrier_wait(k_ready.at[slot(0)])
-    s = pl.run_scoped(first, scores_type)
-    plgpu.barrier_arrive(k_free.at[slot(0)])
-    column = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA)
-    s = jnp.where(column < valid, s, no_keys)
-    # Below any score, and so far above `no_keys` that what is masked weighs nothing, even where all of it is.
-    weights, peak, total, _ = softmax(s, _full(-1e30), _full(0))
-    plgpu.barrier_wait(v_ready.at[slot(0)])
-
-    def step(i, carry):
-        weights, peak, total = carry
-        this, last = slot(i), slot(i - 1)
-
-        def scores(s_acc):
-            plgpu.wgmma(s_acc, q, k_smem.at[this].transpose((1, 0)))
-            plgpu.wgmma(out_acc, weights, v_smem.at[last])
-            return plgpu.wgmma_accumulator_load(s_acc, wait_n=1)  # the scores; the second product goes on
-
-        # Waits are before the scores are begun, or these are set to zero before the waits, which takes instructions.
-        plgpu.barrier_wait(k_ready.at[this])
-        s = pl.run_scoped(scores, scores_type)
-        plgpu.barrier_arrive(k_free.at[this])
-        # Softmax runs beside the second product only if the assembler cannot have the wait for that first: a loop that
-        # waits keeps them apart. And 16-bit weights made before it would be registers of a product under way, which
-        # the assembler forbids by waiting after every instruction of products.
-        weights, peak, total, shrink = lax.optimization_barrier(softmax(s, peak, total))
-        plgpu.barrier_wait(v_ready.at[this])
-        out = out_acc[...]
-        plgpu.barrier_arrive(v_free.at[last])
-        out_acc[...] = out * _over(shrink, out.shape)
-        return weights.astype(q.dtype), peak, total
-
-    weights, peak, total = lax.fori_loop(1, count, step, (weights.astype(q.dtype), peak, total))
-    ahead()
-    last = slot(count - 1)
-    plgpu.wgmma(out_acc, weights, v_smem.at[last])
-    out = out_acc[...]
-    plgpu.barrier_arrive(v_free.at[last])
-    total = jnp.maximum(total, 1e-30)  # it is 1 or more, or 0 without keys
-    any_keys = (valid > 0).astype(jnp.float32)
-    lse = peak * math.log(2) + jnp.log(total)
-    return out / _over(total, out.shape), lse * any_keys + no_keys * (1 - any_keys)
-
-
-def _full(value):
-    return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-
-
-def _over(x, shape):
-    """One number per row, for every column."""
-    return lax.broadcast_in_dim(x, shape, [0])

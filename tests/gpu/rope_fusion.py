@@ -26,6 +26,7 @@ import sharding
 from jax_causal import (
     attention_hopper,
     attention_plan,
+    attention_tile,
     config,
     fused_norm,
     fused_rotation,
@@ -43,7 +44,7 @@ FIXTURE = Path(__file__).with_name("rope_fusion.hlo.gz")
 LAYERS = 2
 FORMS = {"xla": 1, "kernel": 2}  # how the layers run, and on how many devices
 SOURCES = (
-    attention_hopper, attention_plan, fused_norm, fused_rotation, hopper_rows, mesh, sequence_parallel
+    attention_hopper, attention_plan, attention_tile, fused_norm, fused_rotation, hopper_rows, mesh, sequence_parallel
 )  # fmt: skip
 _BETWEEN = "\n=====\n"
 # Versions of jax write these in different ways, and indices too; what is computed does not depend on them.
