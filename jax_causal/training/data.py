@@ -59,14 +59,14 @@ def clips(
     latest_start: float = 4.0,
     cuts: float = 0.0,
     cut_every: int = 4,
-    any_color: float = 0.0,
+    often: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """Clips of the world, each from a moment up to `latest_start` seconds on.
 
     Args:
       cuts: every clip draws a share of 0 to `cuts`; with that probability it goes on with another scene, at each of
         the frames 1, 1 + cut_every, 1 + 2 cut_every, ...
-      any_color: share of clips whose colors are drawn from all that there are, instead of those that have names.
+      often: what is shown more often than other things; see `world.sample`.
 
     Returns:
       Video [count, T, size, size, 3] in [-1, 1], fp32; and the color of the background in each frame [count, T, 3].
@@ -75,7 +75,9 @@ def clips(
     start = jax.random.uniform(time_key, (count, 1), maxval=latest_start)
     times = start + world.frame_times(num_frames)
     most = 1 + (num_frames - 1) // cut_every if cuts else 1
-    batch = jax.tree.map(lambda x: x.reshape(count, most, *x.shape[1:]), scenes(scene_key, count * most))
+    batch = jax.tree.map(
+        lambda x: x.reshape(count, most, *x.shape[1:]), scenes(scene_key, count * most, often=often)
+    )
     share_key, draw_key = jax.random.split(cut_key)
     share = jax.random.uniform(share_key, (count, 1), maxval=cuts)
     new = jax.random.bernoulli(draw_key, share, (count, most - 1)).astype(jnp.int32)
@@ -84,22 +86,9 @@ def clips(
     ) // cut_every  # how many times a frame could have been cut before
     shown = jnp.pad(jnp.cumsum(new, axis=1), ((0, 0), (1, 0)))[:, np.minimum(at, most - 1)]
     by_frame = jax.tree.map(lambda x: jax.vmap(lambda x, i: x[i])(x, shown), batch)
-    colors = _palettes(jax.random.fold_in(key, 1), count, any_color)
-    draw = jax.vmap(lambda scene, t, colors: world.render(scene, t[None], size, colors)[0], (0, 0, None))
-    video = jax.vmap(draw)(by_frame, times, colors)
-    return video, jax.vmap(lambda of, index: of[index])(colors.backgrounds, by_frame.background)
-
-
-def _palettes(key, count: int, any_color: float) -> world.Palette:
-    """One for each of `count` clips."""
-    which_key, *color_keys = jax.random.split(key, 3)
-    drawn = jax.random.bernoulli(which_key, any_color, (count, 1, 1))
-
-    def of(named, key):
-        others = jax.random.uniform(key, (count, *named.shape), minval=-1, maxval=1)
-        return jnp.where(drawn, others, named)
-
-    return world.Palette(*map(of, world.palette(), color_keys))
+    video = jax.vmap(jax.vmap(lambda scene, t: world.render(scene, t[None], size)[0]))(by_frame, times)
+    colors = jnp.asarray(list(world.BACKGROUNDS.values()), jnp.float32) / 127.5 - 1
+    return video, colors[by_frame.background]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "parallel", "num_frames", "size", "patch"))

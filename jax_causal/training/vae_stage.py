@@ -4,9 +4,6 @@ Clips are as long as the model's: in them the layers that look back in time have
 17 frames, a decoder loses the colors of the background soon after. The scene changes now and then within a clip, so
 that a batch of few clips shows many colors and shapes.
 
-With colors that have names alone, the VAE learns which shapes they never have, and draws a small green star as a
-circle: some clips have any colors. They are clips without captions.
-
 Loss: mean absolute error of the reconstruction, most of it near objects, plus a little of the Kullback-Leibler
 divergence of the posterior from a unit Gaussian, which keeps latents small and close latents alike (arXiv:1312.6114).
 """
@@ -39,16 +36,14 @@ class Options:
       num_frames: video frames of a clip, 1 + 4 k; None is the model's.
       kl_weight: of the divergence, per latent value.
       cuts: share of latent frames, at most, before which another scene begins; see `data.clips`.
-      any_color: share of clips with any colors; see `data.clips`.
-      decoder_only: whether the encoder, and so what latents mean, stays as it is; for a VAE that others already use.
+      often: what clips show more often than other things; see `world.sample`.
       statistics_clips: clips that the latents' mean and standard deviation are taken over, once trained.
     """
 
     num_frames: int | None = None
     kl_weight: float = 1e-4
     cuts: float = 0.5
-    any_color: float = 0.0
-    decoder_only: bool = False
+    often: tuple[str, ...] = ()
     statistics_clips: int = 256
 
 
@@ -61,10 +56,6 @@ class VAEStage:
         self, config: TrainConfig, model: ModelConfig, components: dict, parallel: Parallel | None = None
     ):
         self.config, self.options = config, config.stage_options(Options)
-        if self.options.decoder_only and config.weight_decay:
-            raise ValueError(
-                f"weight_decay {config.weight_decay} would change the encoder: with decoder_only, leave it out"
-            )
         # Latents are normalised by what this stage measures at its end; until then they are as they come.
         plain = {"latents_mean": (0.0,) * model.vae.z_dim, "latents_std": (1.0,) * model.vae.z_dim}
         self.vae: VAEConfig = dataclasses.replace(model.vae, **plain)
@@ -93,14 +84,12 @@ class VAEStage:
             self.model.height,
             cuts=self.options.cuts,
             cut_every=self.vae.temporal_factor,
-            any_color=self.options.any_color,
+            often=self.options.often,
         )
         video = self.parallel.constrain(video, ("batch",))
         vae = modules.bind(VAE, self.vae, optim.cast(params, self.config.dtype))
         mean, log_variance, _ = vae.posterior(video, None, first=True)
         mean, log_variance = mean.astype(jnp.float32), jnp.clip(log_variance.astype(jnp.float32), -30, 20)
-        if self.options.decoder_only:
-            mean, log_variance = jax.lax.stop_gradient((mean, log_variance))
         noise = jax.random.normal(noise_key, mean.shape)
         shown, _ = vae.decode(mean + jnp.exp(log_variance / 2) * noise, None, first=True)
         error = balanced_error(shown.astype(jnp.float32), video, background)
@@ -133,8 +122,6 @@ class VAEStage:
         carries nothing has means next to zero and samples of a variance near one. Over the deviation of the means,
         it would become noise that the diffusion model must learn; over that of the samples it stays next to zero.
         """
-        if self.options.decoder_only:
-            return self.model
         batch = data.scenes(jax.random.key(self.config.seed + 1), self.options.statistics_clips)
         size, frames = self.model.height, self.model.num_frames
         moments = [

@@ -69,13 +69,6 @@ SMALLEST = 0.5  # scale before growing and after shrinking
 _REACH = 1.2  # no shape is wider than this many radii
 
 
-class Palette(NamedTuple):
-    """What colors look like: fp32 in [-1, 1], [len(COLORS), 3] and [len(BACKGROUNDS), 3]."""
-
-    colors: jax.Array
-    backgrounds: jax.Array
-
-
 class Scene(NamedTuple):
     """One scene, arrays of shape [] unless told; `vmap` gives a batch. The second object may be unused."""
 
@@ -124,9 +117,10 @@ def _table(split: str, objects: int | None, often: tuple[str, ...]) -> tuple[np.
         raise ValueError(f"split {split!r} is unknown; choose 'train', 'held_out' or 'all'")
     if objects not in (1, 2, None):
         raise ValueError(f"objects is {objects!r}; choose 1, 2 or None for both")
-    if unknown := sorted(set(often) - {*MOTIONS, *SHAPES}):
+    if unknown := sorted(set(often) - {*MOTIONS, *SHAPES, *SIZES}):
         raise ValueError(
-            f"often has {unknown}, which are no motions and no shapes; name some of {MOTIONS + SHAPES}"
+            f"often has {unknown}, which are no motions, shapes or sizes; name some of "
+            f"{(*MOTIONS, *SHAPES, *SIZES)}"
         )
     colors = tuple(COLORS)
     pairs = [(c, s) for c in range(len(COLORS)) for s in range(len(SHAPES))]
@@ -162,9 +156,9 @@ def sample(key, *, split: str = "train", objects: int | None = None, often: tupl
       split: "train" never gives held-out combinations, "held_out" gives only those, "all" gives any.
       objects: 1, 2, or None for both. Motions are equally likely in any case, and so are the allowed combinations of
         shapes and colors for each, save for `often`.
-      often: motions, and shapes of the first object, that weigh twice as much; thrice if named twice, and so on.
+      often: motions, shapes of the first object, and sizes that weigh twice as much; thrice if named twice, and so on.
 
-    Raises ValueError for an unknown split, motion or shape.
+    Raises ValueError for an unknown split, motion, shape or size.
     """
     keys = jax.random.split(key, 11)
     rows, weights = _table(split, objects, often)
@@ -172,6 +166,9 @@ def sample(key, *, split: str = "train", objects: int | None = None, often: tupl
     pair = motion >= len(SINGLE_MOTIONS)
     # Two large objects do not fit side by side.
     size = jax.random.randint(keys[1], (2,), 0, jnp.where(pair, 2, 3))
+    if set(often) & set(SIZES):
+        weights = np.log([1 + often.count(name) for name in SIZES])
+        size = jax.random.categorical(keys[1], jnp.where(pair, weights - [0, 0, np.inf], weights), shape=(2,))
     margin = _REACH * jnp.asarray(list(SIZES.values()))[size].max()
     start = margin + jax.random.uniform(keys[2], (2,)) * (1 - 2 * margin)
     quarter = jnp.pi / 2 * jax.random.randint(keys[3], (), 0, 4)
@@ -299,22 +296,16 @@ def _distance(shape, x, y):
     return jnp.select([shape == SHAPES.index(s) for s in special], list(special.values()), polygon)
 
 
-def palette() -> Palette:
-    """Colors as their names mean them."""
-    return Palette(*(jnp.asarray(list(of.values()), jnp.float32) / 127.5 - 1 for of in (COLORS, BACKGROUNDS)))
-
-
-def render(scene: Scene, times, size: int = 96, colors: Palette | None = None) -> jax.Array:
-    """Draws `scene` at `times` (seconds [T]): fp32 [T, size, size, 3] in [-1, 1]; jit- and vmap-able. `colors` are
-    those of `palette` unless given."""
+def render(scene: Scene, times, size: int = 96) -> jax.Array:
+    """Draws `scene` at `times` (seconds [T]): fp32 [T, size, size, 3] in [-1, 1]; jit- and vmap-able."""
     pose = poses(scene, times)
     grid = (jnp.arange(size, dtype=jnp.float32) + 0.5) / size
     circumradius = (
         jnp.asarray(list(SIZES.values()))[scene.size]
         * jnp.asarray([CIRCUMRADIUS[s] for s in SHAPES])[scene.shape]
     )
-    colors = colors or palette()
-    background = colors.backgrounds[scene.background]
+    colors = jnp.asarray(list(COLORS.values()), jnp.float32) / 127.5 - 1
+    background = (jnp.asarray(list(BACKGROUNDS.values()), jnp.float32) / 127.5 - 1)[scene.background]
     frames = jnp.broadcast_to(background, (pose.position.shape[0], size, size, 3))
     for i in range(2):
         # Offsets to the nearest copy of the object on the torus.
@@ -326,7 +317,7 @@ def render(scene: Scene, times, size: int = 96, colors: Palette | None = None) -
         unit = (circumradius[i] * pose.scale[:, i])[:, None, None]
         distance = _distance(scene.shape[i], (x * cos + y * sin) / unit, (y * cos - x * sin) / unit) * unit
         cover = jnp.clip(0.5 - distance * size, 0, 1) * pose.opacity[:, i, None, None]
-        frames = frames + cover[..., None] * (colors.colors[scene.color[i]] - frames)
+        frames = frames + cover[..., None] * (colors[scene.color[i]] - frames)
     return frames
 
 

@@ -164,6 +164,15 @@ def test_what_is_asked_for_is_drawn_more_often():
     assert stars.mean() == pytest.approx(14 / (14 + 3 * 7), abs=0.06)
 
 
+def test_sizes_that_are_asked_for_are_drawn_more_often():
+    """Each object has its own; two large ones have no room."""
+    batch = scenes(4000, "train", often=("small",))
+    pair = np.asarray(batch.motion) >= len(world.SINGLE_MOTIONS)
+    for chosen, expected in ((~pair, [2 / 4, 1 / 4, 1 / 4]), (pair, [2 / 3, 1 / 3, 0])):
+        shares = np.bincount(np.asarray(batch.size)[chosen].ravel(), minlength=3) / (2 * chosen.sum())
+        np.testing.assert_allclose(shares, expected, atol=0.03)
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match=r"often has \['jump'\]"):
         world.sample(jax.random.key(0), often=("spin", "jump"))
