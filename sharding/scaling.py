@@ -116,6 +116,7 @@ class Scaling:
       precision: name of a dtype.
       inputs: `num_frames`, `height`, `width` and `seed`, all given.
       limits: `window` and `sink`.
+      rows: of `ROWS`, those to measure; the others cost nothing.
       repeats: measurements behind every median.
       progress: called with what is measured next.
     """
@@ -127,13 +128,14 @@ class Scaling:
         inputs: dict,
         limits: dict,
         *,
+        rows: Sequence[str] = ROWS,
         repeats: int = 5,
         progress: Callable[[str], None] = lambda what: None,
     ):
         # Prompts are embeddings here: without a text encoder, memory is for what is measured.
         self.config = dataclasses.replace(config, text_encoder=None, tokenizer=None)
         self.precision, self.inputs, self.limits = precision, inputs, limits
-        self.repeats, self.progress = repeats, progress
+        self.rows, self.repeats, self.progress = tuple(rows), repeats, progress
 
     def ways(self, devices: int, only: str | None = None) -> list[Way]:
         """What is measured on so many devices: every strategy that fits, `gather` under each of its switches.
@@ -174,13 +176,13 @@ class Scaling:
     def single(self) -> Measured:
         """One device."""
         self.progress("one device")
-        return Measured(None, self._rows(SingleDevice(), ROWS))
+        return Measured(None, self._rows(SingleDevice(), self.rows))
 
     def measure(self, way: Way, devices: Sequence[jax.Device]) -> Measured:
         """A way of running on the devices."""
         self.progress(f"{way.label} on {len(devices)} devices")
         parallel = SequenceParallel(devices, way.strategy.name, **way.options)
-        return Measured(way, self._rows(parallel, (*ROWS, *COMMUNICATION)))
+        return Measured(way, self._rows(parallel, (*self.rows, *COMMUNICATION)))
 
     def link(self, devices: Sequence[jax.Device]) -> tuple[Link, str]:
         """Of the devices, measured; of one alone, the cost model's. With the word for which it is."""

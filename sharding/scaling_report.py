@@ -23,9 +23,13 @@ def run(args: argparse.Namespace) -> None:
 
     Raises ValueError or OSError for bad input, before the work begins.
     """
-    for name in ("only", "compare"):
-        if getattr(args, name) is not None:
-            raise ValueError(f"--{name} is not for --scaling: it measures all of its rows, in one run")
+    if args.compare is not None:
+        raise ValueError("--compare is not for --scaling: what it compares, it measures in one run")
+    rows = [name for name in ROWS if args.only is None or name in args.only]
+    if unknown := set(args.only or ()) - set(ROWS):
+        raise ValueError(f"--only {min(unknown)}: the rows of --scaling are {', '.join(ROWS)}")
+    if args.project and "rollout" not in rows:
+        raise ValueError("a projection is of the rollout: add it to --only, or leave it out with --project 0")
     if args.project == 1:
         raise ValueError("--project 1: one device is measured; use 0 for no projection, or 2 or more")
     job = Job.create(args, SingleDevice(), "any prompt")
@@ -37,6 +41,7 @@ def run(args: argparse.Namespace) -> None:
         job.precision,
         inputs,
         job.limits,
+        rows=rows,
         repeats=args.repeats,
         progress=lambda what: note(f"measuring {what}"),
     )
@@ -63,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
         "weights": "random",
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "rows": _rows(measured),
-        "boundaries": {name: BOUNDARIES[name] for name in (*ROWS, *_profiled(measured))},
+        "boundaries": {name: BOUNDARIES[name] for name in (*rows, *_profiled(measured))},
         "link": source,
         "link_latency_s": link.latency,
         "link_bandwidth_bytes_per_s": link.bandwidth,
@@ -78,13 +83,18 @@ def run(args: argparse.Namespace) -> None:
 def _line(one: Measured, single: Measured) -> str:
     """What was found of one way of running, as soon as it is known."""
     found = []
-    for name in ROWS:
+    for name in _shown(one):
         row, alone = one.rows[name], single.rows[name].median
         found.append(
             f"{name} {_seconds(row.median)} ({_seconds(row.min)} to {_seconds(row.max)}; {alone / row.median:.2f} x)"
         )
     found += [f"{name} {one.rows[name].median * 1e3:.3f} ms" for name in COMMUNICATION if name in one.rows]
     return f"{one.label}, {one.devices} device{'s' * (one.devices > 1)}: {', '.join(found)}"
+
+
+def _shown(one: Measured) -> list[str]:
+    """Those of `ROWS` that were asked for."""
+    return [name for name in ROWS if name in one.rows]
 
 
 def _kind(way: Way) -> tuple:
@@ -142,7 +152,7 @@ def _sections(record: dict, measured: list[Measured], projections: list[Projecti
     reach = f"{link.latency * 1e6:.0f} us and {link.bandwidth / 1e9:.3g} GB/s"
     origin = "measured on these devices" if record["link"] == "measured" else "assumed: there is one device"
     sections = [title, Text(setting, "dim"), "", _measured_table(measured), ""]
-    sections += [Text(f"{name}: {BOUNDARIES[name]}", "dim") for name in ROWS]
+    sections += [Text(f"{name}: {BOUNDARIES[name]}", "dim") for name in _shown(measured[0])]
     if profiled := _profiled(measured):
         sections += ["", _communication_table(measured), ""]
         sections += [Text(f"{name}: {BOUNDARIES[name]}", "dim") for name in profiled]
@@ -157,10 +167,10 @@ def _sections(record: dict, measured: list[Measured], projections: list[Projecti
 
 
 def _measured_table(measured: list[Measured]) -> Table:
-    table = _table("measured", "devices", *(cell for name in ROWS for cell in (name, "")))
-    single = measured[0].rows
+    names, single = _shown(measured[0]), measured[0].rows
+    table = _table("measured", "devices", *(cell for name in names for cell in (name, "")))
     for one in measured:
-        medians = [(one.rows[name].median, single[name].median) for name in ROWS]
+        medians = [(one.rows[name].median, single[name].median) for name in names]
         cells = [cell for own, alone in medians for cell in (_seconds(own), f"{alone / own:.2f} x")]
         table.add_row(one.label, str(one.devices), *cells)
     return table

@@ -223,6 +223,23 @@ def test_no_projection_and_rows_as_they_come(tmp_path, capsys, monkeypatch):
     assert "ring, 2 devices: rollout 3.000 s (2.000 s to 4.000 s; 1.00 x)" in shown.err
 
 
+def test_rows_that_are_not_asked_for_are_not_measured(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def rows(scaling, parallel, names):
+        asked.append(tuple(names))
+        return {name: Row(name, 3.0, 2.0, 4.0, "s") for name in names}
+
+    monkeypatch.setattr(Scaling, "_rows", rows)
+    path = tmp_path / "scaling.json"
+    argv = ("--scaling", "--devices", 2, "--strategy", "ring", "--only", "rollout", "--project", 0)
+    assert command(*argv, "--json", path) == 0
+    assert asked == [("rollout",), ("rollout", *COMMUNICATION)]
+    record = json.loads(path.read_text())
+    assert set(record["boundaries"]) == {"rollout", *COMMUNICATION}
+    assert "first_frame" not in "".join(capsys.readouterr())
+
+
 def test_one_device_projects_from_the_assumed_link(capsys):
     assert command("--scaling", "--devices", 1, "--strategy", "hybrid", "--project", 8, "--json", "-") == 0
     record = json.loads(capsys.readouterr().out)
@@ -236,7 +253,12 @@ def test_one_device_projects_from_the_assumed_link(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--only", "rollout"), "--only is not for --scaling"),
+        (
+            ("--only", "rollout,decode"),
+            "--only decode: the rows of --scaling are rollout, end_to_end, first_frame",
+        ),
+        (("--only", "first_frame"), "a projection is of the rollout: add it to --only"),
+        (("--compare", "other.json"), "--compare is not for --scaling"),
         (("--strategy", "ulysses", "--devices", 3), "ulysses is nothing to measure on 3 devices"),
         (("--strategy", "spiral"), "spiral is nothing to measure on 16 devices: use gather or ring or"),
         (("--devices", 17), "use 1 to 16"),
