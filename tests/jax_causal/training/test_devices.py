@@ -35,7 +35,6 @@ ALWAYS = {
     ("teacher", "8x1"),
     ("causal", "2x4-ring"),
     ("generator", "1x8-hybrid"),
-    ("critic", "8x1+"),
 }
 
 

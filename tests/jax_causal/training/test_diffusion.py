@@ -313,6 +313,7 @@ def test_what_an_update_computes_with(remat):
     assert jax.tree.all(jax.tree.map(lambda g, p: g.dtype == p.dtype and (g == 1).all(), gradient, params))
 
 
+@pytest.mark.slow
 def test_gradients_of_layers_computed_again():
     """A scan over layers that keeps little, and unrolled layers that keep all: the same loss and gradient."""
 

@@ -22,6 +22,7 @@ def memory(config, parallel):
     return dry_run.memory(config, model, parallel.for_model(model))
 
 
+@pytest.mark.slow
 def test_state_and_data_are_counted():
     """Generator with two moments and average, critic with two moments, the steps of both; the teacher is data."""
     size = sum(leaf.size for leaf in jax.tree.leaves(micro_world.components()["transformer"]))
