@@ -1,0 +1,84 @@
+"""The Hopper kernel in jax's interpreter: tiles, steps, barriers and what is written where, its products replaced.
+
+The interpreter, which is no public part of jax and not in every version, runs all threads of a kernel beside each
+other: threads that wait for each other for ever show. It does not know how accumulators are rescaled or loaded while a
+product goes on, so what a warpgroup does with a tile is a plain form here.
+"""
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_causal import attention, attention_hopper, attention_tile
+from jax_causal.attention_plan import Plan
+
+if jax.__version_info__ < (0, 11):
+    pytest.skip("this version of jax has no interpreter for such kernels", allow_module_level=True)
+interpreter = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.params")
+
+
+def attend_tile(q, keys, values, done, count, valid, no_keys, ahead, out_acc):
+    """`attention_tile.attend`, one product after another."""
+    (k_smem, k_ready, k_free), (v_smem, v_ready, v_free) = keys, values
+
+    def step(i, carry):
+        out, peak, total = carry
+        slot = lax.rem(done + i, attention_hopper.STAGES)
+        plgpu.barrier_wait(k_ready.at[slot])
+        scores = q[...].astype(jnp.float32) @ k_smem[slot].astype(jnp.float32).T / np.sqrt(q.shape[1])
+        plgpu.barrier_arrive(k_free.at[slot])
+        column = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        scores = jnp.where((column < valid) | (i > 0), scores, no_keys)
+        new_peak = jnp.maximum(peak, scores.max(axis=1))
+        weights, shrink = jnp.exp(scores - new_peak[:, None]), jnp.exp(peak - new_peak)
+        plgpu.barrier_wait(v_ready.at[slot])
+        out = out * shrink[:, None] + weights @ v_smem[slot].astype(jnp.float32)
+        plgpu.barrier_arrive(v_free.at[slot])
+        return out, new_peak, total * shrink + weights.sum(axis=1)
+
+    rows = q.shape[:1]
+    start = jnp.zeros(q.shape, jnp.float32), jnp.full(rows, -1e30), jnp.zeros(rows)
+    out, peak, total = lax.fori_loop(0, count, step, start)
+    ahead()
+    total = jnp.maximum(total, 1e-30)
+    return out / total[:, None], jnp.where(valid > 0, peak + jnp.log(total), no_keys)
+
+
+def load(source, smem, ready, free, step, together):
+    """`attention_hopper.load`, each block of a cluster for itself: the interpreter has no copies to both."""
+    slot = lax.rem(step, attention_hopper.STAGES)
+    pl.when(step >= attention_hopper.STAGES)(lambda: plgpu.barrier_wait(free.at[slot]))
+    plgpu.copy_gmem_to_smem(source, smem.at[slot], ready.at[slot])
+
+
+@pytest.mark.parametrize(
+    ("queries", "heads", "keys", "length", "plan"),
+    [
+        (320, 3, 640, 600, Plan(tiles=3, heads=3, shared=3, clusters=2)),
+        (600, 3, 768, 700, Plan(tiles=5, heads=3, shared=2, clusters=3)),
+        (384, 2, 512, 300, Plan(tiles=3, heads=2, shared=0, clusters=2)),
+    ],
+)
+def test_all_queries_attend_to_all_keys(monkeypatch, queries, heads, keys, length, plan):
+    monkeypatch.setattr(attention_hopper, "load", load)
+    monkeypatch.setattr(attention_tile, "attend", attend_tile)
+    monkeypatch.setattr(plgpu, "set_max_registers", lambda *args, **kwargs: None)
+    monkeypatch.setattr(Plan, "cheapest", lambda *args: plan)
+    arrays = (jax.random.normal(jax.random.key(i), (1, n, heads, 64), jnp.bfloat16)
+              for i, n in enumerate((queries, keys, keys)))  # fmt: skip
+    q, k, v = arrays
+    with interpreter.force_gpu_interpret_mode(interpreter.InterpretGPUParams()):
+        out, lse = attention_hopper.attend(
+            q, k, v, jnp.int32(length), no_keys=attention.NO_KEYS, merge=attention.merge, processors=132
+        )
+    right, right_lse = attention.attention_with_lse(
+        *(x.astype(jnp.float32) for x in (q, k, v)), length=jnp.int32(length), backend="xla"
+    )
+    assert np.linalg.norm(np.float32(out) - right) < 4e-3 * np.linalg.norm(right)
+    np.testing.assert_allclose(lse, right_lse, atol=1e-4)
