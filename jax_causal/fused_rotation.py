@@ -32,11 +32,13 @@ class Peers(NamedTuple):
       tokens: S.
       axis: of the mesh, along which they lie; the kernel is inside its `shard_map`. None for devices that are not
         there: this one's rows are then written, in its own cache, to the places of all.
+      behind: whether `attention_peers` sends the rows; rotation then writes them to this device's cache alone.
     """
 
     count: int
     tokens: int
     axis: str | None
+    behind: bool = False
 
     def suit(self, m: int) -> bool:
         """Whether no block of threads holds both tokens and padding."""
@@ -105,6 +107,8 @@ def plain_rotate(eps, peers, qkv, scales, factors, keys, values, slots):
     q, k, v = normalise(qkv, scales, eps)
     table = jnp.stack([factors[0, ..., ::2], factors[1, ..., 1::2]])
     q, k = rope.rotate(q, table), rope.rotate(k, table)
+    if peers and peers.behind:
+        return q, *(_own_rows(peers, cache, x, slots) for cache, x in ((keys, k), (values, v)))
     if peers and peers.axis:
         k, v = (lax.all_gather(x, peers.axis, axis=2, tiled=True) for x in (k, v))
     elif peers:
@@ -116,6 +120,19 @@ def plain_rotate(eps, peers, qkv, scales, factors, keys, values, slots):
         keys = lax.dynamic_update_slice(keys, k[:, None, f], start)
         values = lax.dynamic_update_slice(values, v[:, None, f], start)
     return q, keys, values
+
+
+def _own_rows(peers, cache, rows, slots):
+    """The cache [B, 1, K, N, D] with this device's rows [B, F, m, N, D] at their places."""
+    F, m = rows.shape[1:3]
+    padding = ((0, 0), (0, 0), (0, peers.count * m - peers.tokens), (0, 0), (0, 0))
+    for f in range(F):
+        first = slots[f] * peers.tokens
+        frame = jnp.pad(lax.dynamic_slice_in_dim(cache, first, peers.tokens, axis=2), padding)
+        own = lax.axis_index(peers.axis) * m
+        frame = lax.dynamic_update_slice_in_dim(frame, rows[:, None, f], own, axis=2)[:, :, : peers.tokens]
+        cache = lax.dynamic_update_slice_in_dim(cache, frame, first, axis=2)
+    return cache
 
 
 def normalise(qkv, scales, eps: float):
@@ -188,7 +205,7 @@ def _rotate_kernel(eps, peers, qkv, scales, factors, keys, values, slots):
 
     out_type = jax.ShapeDtypeStruct((B * F, m, N, D), qkv.dtype)
     q = hopper_rows.launch(
-        kernel, out_type, grid, "rotate_into_caches" if peers and peers.count > 1 else "rotate_into_cache"
+        kernel, out_type, grid, "rotate_into_caches" if _travels(peers) else "rotate_into_cache"
     )(
         qkv.reshape(B * F, m, 3, N, D),
         *(x.reshape(N, D) for x in scales),
@@ -201,7 +218,7 @@ def _rotate_kernel(eps, peers, qkv, scales, factors, keys, values, slots):
 
 
 def _travels(peers: Peers | None) -> bool:
-    return peers is not None and peers.axis is not None and peers.count > 1
+    return peers is not None and peers.axis is not None and peers.count > 1 and not peers.behind
 
 
 def _places(peers: Peers | None, m: int, arrived):
@@ -218,6 +235,9 @@ def _places(peers: Peers | None, m: int, arrived):
             else:
                 pl.when(first < whole)(lambda: write(here))  # padding has no place
 
+        if peers and peers.behind:
+            at(lax.axis_index(peers.axis), lambda here: ref.__setitem__(here, x))
+            return
         if not _travels(peers):
             for share in range(count):
                 at(share, lambda here: ref.__setitem__(here, x))

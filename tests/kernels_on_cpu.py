@@ -29,13 +29,14 @@ class Machine:
         self.signals, self.awaited, self.order = collections.Counter(), {}, []
 
 
-class _Ref:
+class Ref:
     """Memory as a kernel sees it, over a numpy array."""
 
     def __init__(self, array):
         self.array = array
 
     at = property(lambda self: self)
+    shape = property(lambda self: self.array.shape)
 
     def _index(self, index):
         index = index if isinstance(index, tuple) else (index,)
@@ -45,7 +46,7 @@ class _Ref:
 
     def __getitem__(self, index):
         part = self.array[self._index(index)]
-        return _Ref(part) if part.ndim else part
+        return Ref(part) if part.ndim else part
 
     def __setitem__(self, index, value):
         part = self.array[self._index(index)]
@@ -69,10 +70,9 @@ def machine(monkeypatch):
                 arrays = [
                     next(own) if isinstance(x, jax.Ref) else a for x, a in zip(operands, arrays, strict=True)
                 ]
-            place[machine.axis] = machine.device
             for point in itertools.product(*map(range, grid.values())):
                 place.update(zip(grid, point, strict=True))
-                kernel(*map(_Ref, arrays), *map(_Ref, outs))
+                kernel(*map(Ref, arrays), *map(Ref, outs))
             for ref, array in zip(operands, arrays, strict=True):
                 if isinstance(ref, jax.Ref):
                     ref[...] = array
@@ -85,7 +85,7 @@ def machine(monkeypatch):
         own = machine.memory[machine.device]
         (index,) = (i for i, array in enumerate(own) if array is ref.array)
         machine.order.append(("write", int(device[machine.axis])))
-        return _Ref(machine.memory[int(device[machine.axis])][index])
+        return Ref(machine.memory[int(device[machine.axis])][index])
 
     def signal(semaphore, device_id):
         machine.signals[int(device_id[machine.axis])] += 1
@@ -101,6 +101,9 @@ def machine(monkeypatch):
     def spread(x, like, *axes):
         return jax.lax.broadcast_in_dim(x, like.shape, axes)
 
+    def loop(start, stop):
+        return lambda body: [body(jnp.int32(i)) for i in range(start, stop)]
+
     def when(condition):
         return lambda run: run() if condition else None
 
@@ -108,11 +111,16 @@ def machine(monkeypatch):
     monkeypatch.setattr(hopper_rows, "load", lambda ref, layout: jnp.asarray(ref.array))
     monkeypatch.setattr(hopper_rows, "spread", spread)
     monkeypatch.setattr(hopper_rows, "swap_pairs", swap_pairs)
-    monkeypatch.setattr(jax.lax, "axis_index", lambda name: jnp.int32(place[name]))
+    monkeypatch.setattr(
+        jax.lax,
+        "axis_index",
+        lambda name: jnp.int32(machine.device if name == machine.axis else place[name]),
+    )
     monkeypatch.setattr(plgpu, "remote_ref", remote, raising=False)
     monkeypatch.setattr(pl, "get_global", lambda what: None, raising=False)
     monkeypatch.setattr(pl, "semaphore_signal", signal)
     monkeypatch.setattr(pl, "semaphore_wait", wait)
+    monkeypatch.setattr(pl, "loop", loop)
     monkeypatch.setattr(pl, "when", when)
     with jax.disable_jit():
         yield machine
