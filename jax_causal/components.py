@@ -92,9 +92,9 @@ def encode_text(config, params, ids, mask) -> jax.Array:
 @functools.partial(jax.jit, static_argnames=("config", "framing", "first"), donate_argnames="state")
 def decode_chunk(config: VAEConfig, framing: Framing, params, tokens, state, *, first: bool):
     """Patch tokens [B, F, S, 4C] to uint8 video [B, T, H, W, 3], and the decoder's next state (donated)."""
-    constrain = framing.parallel.constrain
+    constrain, halo = framing.parallel.constrain, framing.parallel.halo
     decode = modules.bind(VAE, config, params).decode
-    video, state = decode(framing.from_tokens(tokens), state, first=first, constrain=constrain)
+    video, state = decode(framing.from_tokens(tokens), state, first=first, constrain=constrain, halo=halo)
     video = to_uint8(video)
     if jax.process_count() > 1:  # a process can read only what its own devices hold
         video = constrain(video, (None,) * video.ndim)
@@ -106,5 +106,6 @@ def decode_chunk(config: VAEConfig, framing: Framing, params, tokens, state, *, 
 def encode_video(config: VAEConfig, framing: Framing, params, video):
     """Video [B, T, H, W, 3] in [-1, 1] to patch tokens [B, F, S, 4C] of its latents."""
     encode = modules.bind(VAE, config, params).encode
-    latents, _ = encode(video, None, first=True, constrain=framing.parallel.constrain)
+    constrain, halo = framing.parallel.constrain, framing.parallel.halo
+    latents, _ = encode(video, None, first=True, constrain=constrain, halo=halo)
     return framing.to_tokens(latents)

@@ -16,6 +16,7 @@ from jax_causal import rope
 from jax_causal.attention import attention, choose_backend
 from jax_causal.cache import CacheLayout, KVCache, Placement
 from jax_causal.config import ModelConfig
+from jax_causal.vae_layers import alone
 
 
 class Parallel(Protocol):
@@ -95,6 +96,9 @@ class Parallel(Protocol):
 
     def constrain(self, x, names):
         """`x` laid out by the logical names of its axes; a hint to the partitioner."""
+
+    def halo(self, run, x, columns: tuple[int, int], weights, *others):
+        """Runs a layer of the VAE that sees columns beyond the width of its activation x; see `vae_layers.alone`."""
 
     def to_tokens(self, latent, patch: int):
         """Latent [B, F, C, h, w] to patch tokens [B, F, S, patch * patch * C], channel fastest; S may be padded."""
@@ -185,6 +189,9 @@ class SingleDevice:
 
     def constrain(self, x, names):
         return x
+
+    def halo(self, run, x, columns, weights, *others):
+        return alone(run, x, columns, weights, *others)
 
     def to_tokens(self, latent, patch):
         return rearrange(latent, "b f c (h p) (w q) -> b f (h w) (p q c)", p=patch, q=patch)

@@ -29,6 +29,7 @@ from jax_causal.vae_layers import (
     ResidualBlock,
     Stream,
     Upsample,
+    alone,
 )
 
 State = tuple[jax.Array, ...]
@@ -117,7 +118,7 @@ class VAE(nnx.Module):
         self.quant_conv = nnx.Linear(2 * config.z_dim, 2 * config.z_dim, rngs=rngs)
         self.post_quant_conv = nnx.Linear(config.z_dim, config.z_dim, rngs=rngs)
 
-    def decode(self, latents, state: State | None, *, first: bool, constrain=_identity):
+    def decode(self, latents, state: State | None, *, first: bool, constrain=_identity, halo=alone):
         """Video of one chunk of latents.
 
         Args:
@@ -125,6 +126,7 @@ class VAE(nnx.Module):
           state: what the chunk before returned; not read, and possibly None, when `first`
           first: static; whether this chunk begins a clip
           constrain: `constrain(x, ACTIVATION_AXES)` returns the activation x, sharded as the caller wishes
+          halo: how layers that see columns beyond their own are run, see `vae_layers.alone`
 
         Returns:
           video [B, T, H, W, 3] of about -1 to 1, not clamped, where T is 1 + 4 (F - 1) when `first` and 4 F
@@ -140,28 +142,28 @@ class VAE(nnx.Module):
             )
         mean, std = self._latent_statistics
         x = jnp.moveaxis(latents, 2, -1) * std + mean
-        stream = Stream(state, first=first, constrain=constrain, conv=self.conv)
+        stream = Stream(state, first=first, constrain=constrain, halo=halo, conv=self.conv)
         video = self.decoder(self.post_quant_conv(x.astype(self._dtype)), stream)
         return video, tuple(stream.next_state)
 
-    def encode(self, video, state: State | None, *, first: bool, constrain=_identity):
+    def encode(self, video, state: State | None, *, first: bool, constrain=_identity, halo=alone):
         """Latents of one chunk of video: the mean of `posterior`, normalised.
 
         Arguments and errors are those of `posterior`. Returns latents [B, F, C, h, w] in the parameters'
         dtype, and the state for the next chunk.
         """
-        latents, _, state = self.posterior(video, state, first=first, constrain=constrain)
+        latents, _, state = self.posterior(video, state, first=first, constrain=constrain, halo=halo)
         mean, std = self._latent_statistics
         latents = (jnp.moveaxis(latents, 2, -1) - mean) / std
         return jnp.moveaxis(latents, -1, 2).astype(self._dtype), state
 
-    def posterior(self, video, state: State | None, *, first: bool, constrain=_identity):
+    def posterior(self, video, state: State | None, *, first: bool, constrain=_identity, halo=alone):
         """The Gaussian over the latents of one chunk of video, before normalisation.
 
         Args:
           video: [B, T, H, W, 3] in [-1, 1], any float dtype; H and W multiples of the spatial factor; T is
             1 + 4 k when `first` and 4 k otherwise (4 being the temporal factor)
-          state, first, constrain: as in `decode`
+          state, first, constrain, halo: as in `decode`
 
         Returns:
           mean [B, F, C, h, w], log variance of the same shape, and the state for the next chunk.
@@ -173,7 +175,7 @@ class VAE(nnx.Module):
             raise ValueError(f"video must be [batch, frames, height, width, 3], not {list(video.shape)}")
         num_latent_frames(self.config, video.shape[1], first=first)
         _check_size(self.config, *video.shape[2:4])
-        stream = Stream(state, first=first, constrain=constrain, conv=self.conv)
+        stream = Stream(state, first=first, constrain=constrain, halo=halo, conv=self.conv)
         moments = self.quant_conv(self.encoder(video.astype(self._dtype), stream))
         mean, log_variance = jnp.split(jnp.moveaxis(moments, -1, 2), 2, axis=2)
         return mean, log_variance, tuple(stream.next_state)

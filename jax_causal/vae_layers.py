@@ -19,20 +19,30 @@ _FEW_OUTPUTS = 4
 ACTIVATION_AXES = ("batch", "time", "height", "width", "channels")
 
 
+def alone(run, x, columns: tuple[int, int], weights, *others):
+    """Runs a layer that sees columns beyond the width of x [B, T, H, W, C], as `run(x, columns, weights, *others)`.
+
+    This is where the whole width is here: `columns` to the left and to the right are zeros, and the layer pads. Where
+    neighbours are on other devices, x comes with their columns, and zeros at both ends; the layer then pads nothing.
+    """
+    return run(x, columns, weights, *others)
+
+
 class Stream:
     """One pass over one chunk: where layers find their history, and how they are run.
 
     Attributes:
       lone: leading frames that temporal resampling passes as they are: 1 at the start of a clip, else 0.
       constrain: `constrain(x, ACTIVATION_AXES)` returns x, sharded as the caller wishes.
+      halo: how layers that see columns beyond their own are run, see `alone`.
       conv: form of the convolutions, see `causal_conv`.
       next_state: the history for the next chunk, one array per layer in execution order.
     """
 
-    def __init__(self, state, *, first: bool, constrain, conv: str):
+    def __init__(self, state, *, first: bool, constrain, halo, conv: str):
         if state is None and not first:
             raise ValueError("a chunk that is not the first needs the state that the chunk before returned")
-        self.lone, self.constrain, self.conv = int(first), constrain, conv
+        self.lone, self.constrain, self.halo, self.conv = int(first), constrain, halo, conv
         self.next_state: list[jax.Array] = []
         self._slots = None if first else iter(state)
 
@@ -51,7 +61,7 @@ class Stream:
         return history
 
 
-def causal_conv(history, x, kernel, form: str, *, bias=0, residual=0, stride: int = 1):
+def causal_conv(history, x, kernel, form: str, *, bias=0, residual=0, stride: int = 1, halo=alone):
     """Convolution with 3 taps in time, each frame with the two before it, zero-padded in space.
 
     Args:
@@ -66,6 +76,7 @@ def causal_conv(history, x, kernel, form: str, *, bias=0, residual=0, stride: in
         reading it three times over. "auto": the fastest.
       bias, residual: [O], and of the shape of the result; added to it
       stride: of the output frames
+      halo: see `alone`; "3d" leaves neighbours to the partitioner
 
     Returns:
       [B, T / stride rounded up, H, W, O] in the dtype of x
@@ -85,12 +96,12 @@ def causal_conv(history, x, kernel, form: str, *, bias=0, residual=0, stride: in
         return y + bias + residual
     if form == "spread":
         kernel = jnp.concatenate(list(kernel), axis=-1)
-        spread = [_conv2d(frames, kernel, padding).astype(jnp.float32) for frames in (history, x)]
+        spread = [_conv2d(frames, kernel, padding, halo=halo).astype(jnp.float32) for frames in (history, x)]
         by_tap = zip(*(jnp.split(y, 3, axis=-1) for y in spread), strict=True)
         taps = [_tap(*parts, t, stride) for t, parts in enumerate(by_tap)]
         return sum(taps).astype(kernel.dtype) + bias + residual
     taps = jnp.concatenate([_tap(history, x, t, stride) for t in range(3)], axis=-1)
-    return _conv2d(taps, jnp.concatenate(list(kernel), axis=-2), padding, bias, residual)
+    return _conv2d(taps, jnp.concatenate(list(kernel), axis=-2), padding, bias, residual, halo)
 
 
 def _tap(history, x, tap: int, stride: int):
@@ -101,16 +112,25 @@ def _tap(history, x, tap: int, stride: int):
     return x[:, ::stride]
 
 
-def _conv2d(x, kernel, padding, bias=0, residual=0):
+def _conv2d(x, kernel, padding, bias=0, residual=0, halo=alone):
     """Each frame of [B, T, H, W, C] convolved with [kh, kw, C, O], plus `bias` and `residual`.
 
     Both are added while frames are still a batch: only so does XLA add them in the convolution's kernel on GPUs.
     """
-    y = jax.lax.conv_general_dilated(
-        x.reshape(-1, *x.shape[2:]), kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    y = y + bias + (residual if isinstance(residual, int) else residual.reshape(y.shape))
-    return y.reshape(*x.shape[:2], *y.shape[1:])
+
+    def run(x, columns, weights, *residual):
+        kernel, *bias = weights
+        frames = x.reshape(-1, *x.shape[2:])
+        numbers = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(
+            frames, kernel, (1, 1), [padding[0], columns], dimension_numbers=numbers
+        )
+        for term in (*bias, *(r.reshape(y.shape) for r in residual)):
+            y = y + term
+        return y.reshape(*x.shape[:2], *y.shape[1:])
+
+    weights, others = (() if isinstance(term, int) else (term,) for term in (bias, residual))
+    return halo(run, x, padding[1], (kernel, *weights), *others)
 
 
 # One output row of a nearest-2x upsampled image sees 3 upsampled rows, hence 2 original ones:
@@ -118,7 +138,7 @@ def _conv2d(x, kernel, padding, bias=0, residual=0):
 _PHASES = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
 
 
-def upsampling_conv(x, kernel):
+def upsampling_conv(x, kernel, halo=alone):
     """Nearest-neighbour 2x upsampling and a zero-padded 3x3 convolution, in one step on the small grid.
 
     The sub-pixel form: a 2x2 convolution to 4 O channels, one group per output phase. The products are
@@ -127,18 +147,25 @@ def upsampling_conv(x, kernel):
     Args:
       x: [B, T, H, W, C]
       kernel: [3, 3, C, O]
+      halo: see `alone`
 
     Returns:
       [B, T, 2 H, 2 W, O]
     """
-    b, t, h, w, _ = x.shape
     phases = jnp.einsum(
         "pyi,qxj,ijco->yxcpqo", _PHASES, _PHASES, kernel.astype(jnp.float32), precision="highest"
     )
     kernel = phases.astype(x.dtype).reshape(2, 2, kernel.shape[2], -1)
-    y = _conv2d(x, kernel, [(1, 1), (1, 1)]).reshape(b, t, h + 1, w + 1, 2, 2, -1)
-    rows = [jnp.stack([y[:, :, p : p + h, q : q + w, p, q] for q in (0, 1)], axis=4) for p in (0, 1)]
-    return jnp.stack(rows, axis=3).reshape(b, t, 2 * h, 2 * w, -1)
+
+    def run(x, columns, kernel):
+        b, t, h, _, _ = x.shape
+        y = _conv2d(x, kernel, [(1, 1), columns])
+        w = y.shape[3] - 1
+        y = y.reshape(b, t, h + 1, w + 1, 2, 2, -1)
+        rows = [jnp.stack([y[:, :, p : p + h, q : q + w, p, q] for q in (0, 1)], axis=4) for p in (0, 1)]
+        return jnp.stack(rows, axis=3).reshape(b, t, 2 * h, 2 * w, -1)
+
+    return halo(run, x, (1, 1), kernel)
 
 
 class CausalConv(nnx.Conv):
@@ -152,12 +179,13 @@ class CausalConv(nnx.Conv):
         if stream.lone and x.shape[1] == 1:
             # A clip's first frame by itself: behind it are zeros only, which two of three taps can leave out.
             padding = [(size // 2, size // 2) for size in self.kernel_size[1:]]
-            return _conv2d(x, self.kernel[...][2], padding, self.bias[...], **options)
+            return _conv2d(x, self.kernel[...][2], padding, self.bias[...], halo=stream.halo, **options)
         return self.behind(history, x, stream, **options)
 
     def behind(self, history, x, stream: Stream, **options):
         """The same behind two frames that are given. `options` are those of `causal_conv`."""
-        return causal_conv(history, x, self.kernel[...], stream.conv, bias=self.bias[...], **options)
+        options |= {"bias": self.bias[...], "halo": stream.halo}
+        return causal_conv(history, x, self.kernel[...], stream.conv, **options)
 
 
 class Norm(nnx.Module):
@@ -236,7 +264,7 @@ class Upsample(nnx.Module):
             # Unlike in the encoder, the lone frame is no history: the next one has zeros before it.
             y = self._double(x[:, stream.lone :], stream)
             x = jnp.concatenate([x[:, : stream.lone], y], axis=1)
-        return upsampling_conv(x, self.conv.kernel[...]) + self.conv.bias[...]
+        return upsampling_conv(x, self.conv.kernel[...], stream.halo) + self.conv.bias[...]
 
     def _double(self, x, stream):
         b, t, h, w, c = x.shape

@@ -16,7 +16,7 @@ from jax_causal.cache import CacheLayout, KVCache, Placement
 from jax_causal.config import ModelConfig, TransformerConfig
 from jax_causal.parallel import SingleDevice
 from jax_causal.transformer_layers import ACTIVATION
-from sharding import causal_rope_sp, specs
+from sharding import causal_rope_sp, halo, specs
 from sharding.causal_rope_sp import Shares
 from sharding.mesh import HEADS, SEQ, make_mesh, pick_devices
 from sharding.specs import CACHE, QKV, TABLE, Rules
@@ -173,6 +173,9 @@ class Sharded:
 
     def constrain(self, x, names):
         return jax.lax.with_sharding_constraint(x, self.rules.sharding(names, self.mesh))
+
+    def halo(self, run, x, columns, weights, *others):
+        return halo.exchange(self.mesh, self.rules, run, x, columns, weights, *others)
 
     def to_tokens(self, latent, patch):
         tokens = SingleDevice().to_tokens(latent, patch)
