@@ -162,7 +162,8 @@ def test_command(tmp_path, capsys, monkeypatch):
     # Of two devices: collectives in a rollout, and what of them is exposed. A CPU's profile does not show them.
     monkeypatch.setattr(bench_profile, "communication", lambda run: [(0.6, 0.06), (1.2, 0.18)])
     path = tmp_path / "scaling.json"
-    assert command("--scaling", "--devices", 2, "--strategy", "ring", "--project", 4, "--json", path) == 0
+    argv = ("--scaling", "--devices", 2, "--strategy", "ring", "--only", "rollout", "--project", 4)
+    assert command(*argv, "--json", path) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "Projection of the rollout, not a measurement" in text
     assert "measured on these devices" in text
@@ -175,17 +176,13 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert [shown[x] for x in ("median", "min", "max")] == pytest.approx([0.02, 0.01, 0.03])
     assert (total["unit"], total["speedup"]) == ("s", None)
     assert "ring 2 150.000 ms 20.000 ms" in text
-    assert set(rows) == {
-        (*way, name)
-        for way in (("single", 1), ("ring", 2))
-        for name in ("rollout", "end_to_end", "first_frame")
-    }
+    assert set(rows) == {("single", 1, "rollout"), ("ring", 2, "rollout")}
     for way, devices, name in rows:
         row = rows[way, devices, name]
         assert row["speedup"] == pytest.approx(rows["single", 1, name]["median"] / row["median"])
         assert f"{row['speedup']:.2f} x" in text
     assert {"link_latency_s", "link_bandwidth_bytes_per_s", "how"} <= set(record)
-    assert set(record["boundaries"]) == {"rollout", "end_to_end", "first_frame", *COMMUNICATION}
+    assert set(record["boundaries"]) == {"rollout", *COMMUNICATION}
     two, four = record["projection"]
     assert [p["devices"] for p in (two, four)] == [2, 4]
     assert two["measured_s"] == rows["ring", 2, "rollout"]["median"]

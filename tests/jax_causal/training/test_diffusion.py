@@ -112,6 +112,7 @@ def test_prompts_are_dropped_at_the_rate():
     np.testing.assert_array_equal(out[~which], ids[~which])
 
 
+@pytest.mark.slow
 def test_dropped_prompts_have_no_labels_and_say_nothing():
     """With all prompts dropped neither wording nor label matters."""
     losses = []

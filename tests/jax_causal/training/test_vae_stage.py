@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jax_causal import modules
 from jax_causal.training import data, world
@@ -57,6 +58,7 @@ def test_error_is_mostly_of_what_is_near_objects():
     np.testing.assert_allclose([at(13, 20), at(28, 27), at(0, 0)], far, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_statistics_are_those_of_sampled_latents():
     stage = micro_world.stage("vae", options={"statistics_clips": 3})
     params = dict(micro_world.components()["vae"])
