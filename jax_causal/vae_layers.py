@@ -24,6 +24,12 @@ def alone(run, x, columns: tuple[int, int], weights, *others):
 
     This is where the whole width is here: `columns` to the left and to the right are zeros, and the layer pads. Where
     neighbours are on other devices, x comes with their columns, and zeros at both ends; the layer then pads nothing.
+
+    Args:
+      run: returns an activation [B, T, H', W', C'] whose columns are those of x, or of each as many.
+      columns: how many the layer sees to the left and to the right.
+      weights: arrays that all devices hold whole.
+      others: activations of the width of what `run` returns.
     """
     return run(x, columns, weights, *others)
 
