@@ -77,7 +77,8 @@ def _latents(pipe, parallel, stacked=False):
 
 
 def _backends(pipe):
-    plain = _latents(pipe, SingleDevice(backend="xla"))
+    # Layers are scanned here, which compiles several times as fast; `_scanned` holds that against layers in a row.
+    plain = _latents(pipe, SingleDevice(backend="xla"), stacked=True)
     yield _report("xla finite", np.isfinite(plain).all(), "")
     probe = jax.ShapeDtypeStruct((1, 8, 1, pipe.config.transformer.head_dim), jnp.bfloat16)
     for backend in ("hopper", "cudnn", "pallas"):
@@ -87,7 +88,7 @@ def _backends(pipe):
             except ValueError as error:
                 print(f"-    {backend}: {error}")
                 break
-            yield _compare(f"{backend}, keys in {parts}", _latents(pipe, SingleDevice(backend, parts)), plain)
+            yield _compare(f"{backend}, keys in {parts}", _latents(pipe, SingleDevice(backend, parts), stacked=True), plain)
 
 
 def _scanned(pipe) -> bool:
