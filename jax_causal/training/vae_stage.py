@@ -149,14 +149,22 @@ def balanced_error(shown, video, background):
 
     Objects cover a few hundredths of a frame: in a plain mean a model does well that paints the background alone.
     "Near" reaches `_REACH` pixels beyond an object, because what tells a cross from a diamond is the background
-    between its arms. `background` is the color [B, T, 3] of each frame's.
+    between its arms. Each frame's mean counts alike, whatever its objects cover: over all pixels together a small
+    star would weigh a third of a large one, and is drawn as a circle. `background` is the color [B, T, 3] of each
+    frame's.
     """
     error = jnp.abs(shown - video).mean(-1)
     objects = jnp.any(jnp.abs(video - background[:, :, None, None]) > 0.01, axis=-1)
     window = (1, 1, 2 * _REACH + 1, 2 * _REACH + 1)
     near = jax.lax.reduce_window(objects.astype(jnp.float32), 0.0, jax.lax.max, window, (1, 1, 1, 1), "SAME")
-    parts = [(error * mask).sum() / jnp.maximum(mask.sum(), 1) for mask in (near, 1 - near)]
-    return 0.75 * parts[0] + 0.25 * parts[1]
+    return 0.75 * _mean_of_frames(error, near) + 0.25 * _mean_of_frames(error, 1 - near)
+
+
+def _mean_of_frames(error, mask):
+    """The mean, over the frames [B, T] that have pixels in the mask [B, T, H, W], of the error's mean over these."""
+    count = mask.sum((2, 3))
+    means = (error * mask).sum((2, 3)) / jnp.maximum(count, 1)
+    return means.sum() / jnp.maximum((count > 0).sum(), 1)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -88,7 +88,11 @@ def _backends(pipe):
             except ValueError as error:
                 print(f"-    {backend}: {error}")
                 break
-            yield _compare(f"{backend}, keys in {parts}", _latents(pipe, SingleDevice(backend, parts), stacked=True), plain)
+            yield _compare(
+                f"{backend}, keys in {parts}",
+                _latents(pipe, SingleDevice(backend, parts), stacked=True),
+                plain,
+            )
 
 
 def _scanned(pipe) -> bool:

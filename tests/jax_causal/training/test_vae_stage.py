@@ -58,6 +58,22 @@ def test_error_is_mostly_of_what_is_near_objects():
     np.testing.assert_allclose([at(13, 20), at(28, 27), at(0, 0)], far, rtol=1e-5)
 
 
+def test_small_objects_count_as_much_as_large_ones():
+    """Three frames: an object of 2 x 2 pixels, one of 20 x 20, and none, which has no mean near objects."""
+    video = jnp.zeros((1, 3, 60, 60, 3)).at[:, 0, 20:22, 20:22].set(0.5).at[:, 1, 20:40, 20:40].set(0.5)
+    background = jnp.zeros((1, 3, 3))
+
+    def all_near(frame):
+        side = {0: 14, 1: 32}[frame]
+        off = video.at[:, frame, 14 : 14 + side, 14 : 14 + side].add(0.3)
+        return balanced_error(off, video, background)
+
+    np.testing.assert_allclose([all_near(0), all_near(1)], 0.75 * 0.3 / 2, rtol=1e-5)
+    np.testing.assert_allclose(
+        balanced_error(video.at[:, 2].add(0.3), video, background), 0.25 * 0.3 / 3, rtol=1e-5
+    )
+
+
 @pytest.mark.slow
 def test_statistics_are_those_of_sampled_latents():
     stage = micro_world.stage("vae", options={"statistics_clips": 3})
