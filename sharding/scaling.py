@@ -179,10 +179,12 @@ class Scaling:
         return Measured(None, self._rows(SingleDevice(), self.rows))
 
     def measure(self, way: Way, devices: Sequence[jax.Device]) -> Measured:
-        """A way of running on the devices."""
+        """A way of running on the devices: of forms of a strategy the rollout alone, for they decode alike."""
         self.progress(f"{way.label} on {len(devices)} devices")
         parallel = SequenceParallel(devices, way.strategy.name, **way.options)
-        return Measured(way, self._rows(parallel, (*self.rows, *COMMUNICATION)))
+        form = way.label != way.strategy.name and "rollout" in self.rows
+        rows = ("rollout",) if form else self.rows
+        return Measured(way, self._rows(parallel, (*rows, *COMMUNICATION)))
 
     def link(self, devices: Sequence[jax.Device]) -> tuple[Link, str]:
         """Of the devices, measured; of one alone, the cost model's. With the word for which it is."""

@@ -170,8 +170,10 @@ def _measured_table(measured: list[Measured]) -> Table:
     names, single = _shown(measured[0]), measured[0].rows
     table = _table("measured", "devices", *(cell for name in names for cell in (name, "")))
     for one in measured:
-        medians = [(one.rows[name].median, single[name].median) for name in names]
-        cells = [cell for own, alone in medians for cell in (_seconds(own), f"{alone / own:.2f} x")]
+        cells = []
+        for name in names:
+            own = one.rows[name].median if name in one.rows else None
+            cells += ["", ""] if own is None else [_seconds(own), f"{single[name].median / own:.2f} x"]
         table.add_row(one.label, str(one.devices), *cells)
     return table
 

@@ -193,8 +193,11 @@ def test_command(tmp_path, capsys, monkeypatch):
 
 def test_everything_is_measured_unless_a_strategy_is_named(tmp_path, capsys, monkeypatch):
     """And projected, calibrated where the same way was measured. Rows and link are stand-ins."""
-    rows = {name: Row(name, 3.0, 3.0, 3.0, "s") for name in ROWS}
-    monkeypatch.setattr(Scaling, "_rows", lambda scaling, parallel, names: rows)
+
+    def rows(scaling, parallel, names):
+        return {name: Row(name, 3.0, 3.0, 3.0, "s") for name in names if name in ROWS}
+
+    monkeypatch.setattr(Scaling, "_rows", rows)
     path = tmp_path / "scaling.json"
     assert command("--scaling", "--devices", 2, "--strategy", "auto", "--project", 8, "--json", path) == 0
     record = json.loads(path.read_text())
@@ -206,7 +209,17 @@ def test_everything_is_measured_unless_a_strategy_is_named(tmp_path, capsys, mon
         p["strategy"]: p["calibrated_s"] is not None for p in record["projection"] if p["devices"] == 8
     }
     assert calibrated == dict.fromkeys([*gathers, "ring"], True) | {"hybrid": False}
-    assert "whole past" in capsys.readouterr().out
+    # Forms of gather decode as gather does: of them the rollout is measured alone.
+    for label, expected in {
+        "gather": set(ROWS),
+        "gather, no overlap": {"rollout"},
+        "ring": set(ROWS),
+    }.items():
+        assert {row["name"] for row in record["rows"] if row["strategy"] == label} == expected
+    shown = capsys.readouterr().out
+    assert "whole past" in shown
+    table = [line.split() for line in shown.splitlines()]
+    assert ["gather,", "no", "overlap", "2", "3.000", "s", "1.00", "x"] in table
 
 
 def test_no_projection_and_rows_as_they_come(tmp_path, capsys, monkeypatch):
