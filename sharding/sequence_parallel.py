@@ -251,7 +251,7 @@ class Sharded:
         return run(x, out, param, norm, time)
 
     def attend_product(self, qkv, scales, table, cache, layer, placement, layout, eps):
-        from jax_causal import fused_rotation
+        from jax_causal import attention_peers, fused_rotation
 
         if (peers := self._peers(layout.tokens)) is None:
             q, k, v = fused_rotation.normalise(qkv, scales, eps)
@@ -261,9 +261,12 @@ class Sharded:
             q, *held_here = fused_rotation.rotate_into_cache(
                 qkv, scales, table, keys, values, slots, eps=eps, peers=peers
             )
-            return causal_rope_sp.attend_held(
-                q, *held_here, layout.part_length(held), self.backend
-            ), *held_here
+            length = layout.part_length(held)
+            if peers.behind:
+                # Without a ring the past is the prefix before the block.
+                fresh = None if layout.ring else layout.part_length(slots[0])
+                return attention_peers.attend(q, *held_here, slots, length, peers=peers, fresh=fresh)
+            return causal_rope_sp.attend_held(q, *held_here, length, self.backend), *held_here
 
         tokens, cached = self._spec(QKV), self._spec(self._cache_names[1:])
         in_specs = (self._spec((*QKV, None)), P(), self._spec(TABLE), cached, cached, P(), P())
@@ -274,13 +277,15 @@ class Sharded:
 
     def _peers(self, tokens):
         """The devices whose caches a kernel writes to; None where `gather` is not by such a kernel."""
-        from jax_causal import fused_rotation
+        from jax_causal import attention_peers, fused_rotation
 
         devices = self.mesh.devices.ravel()
         # What such kernels ask for.
         alone = jax.process_count() == 1 and [d.id for d in devices] == list(range(len(devices)))
         able = self.direct and self.strategy.gathers and alone and fused_rotation.can_reach_peers()
-        peers = fused_rotation.Peers(self.strategy.seq, tokens, SEQ)
+        behind = self.overlap and self.backend in ("auto", "hopper") and len(devices) > 1
+        behind = behind and attention_peers.suits(tokens)
+        peers = fused_rotation.Peers(self.strategy.seq, tokens, SEQ, behind)
         return peers if able and peers.suit(self.shares(tokens).rows) else None
 
     def attend(self, q, k, v, table, tokens, frame_mask=None):

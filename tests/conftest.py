@@ -1,9 +1,6 @@
 """Test-wide set-up. Environment variables that JAX reads once are set before it is imported."""
 
 import os
-import shutil
-import signal
-import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Fewer threads than virtual devices can deadlock CPU collectives; jaxlib sizes its pool by this.
@@ -13,14 +10,6 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "16")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # Parity with fp32 goldens needs true fp32 products wherever the tests run.
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "float32")
-
-# Started in the background by a shell, processes ignore Ctrl-C, and so do those that they start.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-# Workers and the processes that tests start compile much of the same.
-_PROGRAMS = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="programs-")
-if _PROGRAMS:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _PROGRAMS
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax
 import pytest
@@ -44,8 +33,3 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(skip)
-
-
-def pytest_unconfigure(config):
-    if _PROGRAMS:
-        shutil.rmtree(_PROGRAMS, ignore_errors=True)

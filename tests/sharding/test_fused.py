@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_causal import fused_norm, fused_rotation, rollout, transformer
+from jax_causal import attention_peers, fused_norm, fused_rotation, rollout, transformer
 from jax_causal.config import PRESETS
 from jax_causal.parallel import SingleDevice
 from jax_causal.rollout import RolloutSpec
@@ -35,6 +35,8 @@ def peers(monkeypatch):
     monkeypatch.setattr(Sharded, "fuses", lambda *args: True)
     monkeypatch.setattr(fused_rotation, "can_reach_peers", lambda: True)
     monkeypatch.setattr(fused_rotation, "_rotate_kernel", rotate)
+    monkeypatch.setattr(attention_peers, "_attend_kernel", attention_peers.plain_attend)
+    monkeypatch.setattr(attention_peers, "suits", lambda tokens: True)  # the plain form takes any
     monkeypatch.setattr(fused_norm, "_add_norm_kernel", fused_norm.plain_add_norm)
     jax.clear_caches()  # of the same programs without
     yield found
@@ -43,23 +45,24 @@ def peers(monkeypatch):
 
 @pytest.mark.golden
 @pytest.mark.parametrize(
-    ("name", "strategy", "devices", "direct"),
+    ("name", "strategy", "devices", "direct", "overlap"),
     [
-        ("rollout_full", "gather", 2, True),
-        ("rollout_local_sink", "gather", 3, True),
-        ("rollout_full", "gather", 4, False),
-        ("rollout_local_sink", "hybrid", 4, True),
+        ("rollout_full", "gather", 2, True, True),
+        ("rollout_local_sink", "gather", 3, True, True),
+        ("rollout_full", "gather", 2, True, False),
+        ("rollout_full", "gather", 4, False, True),
+        ("rollout_local_sink", "hybrid", 4, True, True),
     ],
 )
-def test_golden_rollout(peers, name, strategy, devices, direct):
+def test_golden_rollout(peers, name, strategy, devices, direct, overlap):
     config, _ = golden_transformer(load(name))
     model = dataclasses.replace(PRESETS["tiny"], transformer=config)
-    parallel = SequenceParallel(devices, strategy, direct=direct).for_model(model)
+    parallel = SequenceParallel(devices, strategy, direct=direct, overlap=overlap).for_model(model)
     golden = GoldenRollout(name, parallel=parallel, unrolled=True)
     np.testing.assert_allclose(golden.run(), golden.data["latents"], atol=ATOL)
     golden.check_cache(ATOL)
     writes = strategy == "gather" and direct
-    assert {(p.count, p.axis) for p in peers} == ({(devices, "seq")} if writes else set())
+    assert {(p.count, p.axis, p.behind) for p in peers} == ({(devices, "seq", overlap)} if writes else set())
 
 
 def test_who_can_send(monkeypatch):
@@ -70,13 +73,16 @@ def test_who_can_send(monkeypatch):
     def peers(devices, tokens=24, **options):
         return SequenceParallel(devices, "gather", **options).for_model(seeded.MODEL)._peers(tokens)
 
-    assert peers([first, second]) == (2, 24, "seq")
+    assert peers([first, second]) == (2, 24, "seq", True)
+    assert peers([first, second], overlap=False) == (2, 24, "seq", False)
+    assert peers([first, second], tokens=20) == (2, 20, "seq", False)  # keys are walked in eights
+    assert peers([first]) == (1, 24, "seq", False)
     assert peers([second, first]) is None
     assert peers([second, third]) is None
     assert peers([first, second], direct=False) is None
     assert peers([first, second, third], tokens=26) is None  # 9 rows, and a block of threads holds 4
     assert SequenceParallel(2, "ring").for_model(seeded.MODEL)._peers(24) is None
-    assert Share.create(Strategy("gather", 2, 1), first)._peers(24) == (2, 24, None)
+    assert Share.create(Strategy("gather", 2, 1), first)._peers(24) == (2, 24, None, False)
 
 
 GRID, FRAMES = (2, 12), 2
