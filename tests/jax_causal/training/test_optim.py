@@ -79,7 +79,7 @@ def test_adamw_as_written_out(clip):
 
 
 def test_muon_as_written_out():
-    """Kernels move along the orthogonal factor of their momentum, all else as under Adam."""
+    """Kernels move along the orthogonal factor of their momentum, all else as under Adam. Some are of one shape."""
     config = toy_stage.config(
         learning_rate=0.1,
         warmup_steps=0,
@@ -92,7 +92,8 @@ def test_muon_as_written_out():
     shapes = {
         "conv": {"kernel": (3, 3, 4, 6), "bias": (6,)},
         "blocks": {"kernel": (2, 8, 5), "embedding": (2, 4, 3)},
-        "list": {0: {"kernel": (4, 9)}},
+        "flat": {"kernel": (36, 6)},
+        "list": {0: {"kernel": (4, 9)}, 1: {"kernel": (8, 5)}},
     }
     params, *grads = (optim.cast(_draw(rng, shapes), jnp.float32) for _ in range(4))
     optimizer = optim.optimizer(config)
@@ -125,7 +126,9 @@ def test_muon_as_written_out():
 
     check(("conv", "kernel"), rows=36, layers=1)
     check(("blocks", "kernel"), rows=8, layers=2)
+    check(("flat", "kernel"), rows=36, layers=1)
     check(("list", 0, "kernel"), rows=4, layers=1)
+    check(("list", 1, "kernel"), rows=8, layers=1)
     np.testing.assert_array_equal(found["conv"]["bias"], plain["conv"]["bias"])
     np.testing.assert_array_equal(found["blocks"]["embedding"], plain["blocks"]["embedding"])
     assert state["count"] == state["others"]["count"] == 3
