@@ -5,6 +5,8 @@ import shutil
 import signal
 import tempfile
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Fewer threads than virtual devices can deadlock CPU collectives; jaxlib sizes its pool by this.
 os.environ.setdefault("NPROC", "32")
@@ -22,14 +24,13 @@ if _PROGRAMS:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _PROGRAMS
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
-import jax
-import pytest
-
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():
     """A program keeps hundreds of memory mappings, and beyond 65,530 in a process Linux lets compiling crash."""
     yield
+    import jax  # not before the environment is set
+
     jax.clear_caches()
 
 
