@@ -150,8 +150,8 @@ def balanced_error(shown, video, background):
     Objects cover a few hundredths of a frame: in a plain mean a model does well that paints the background alone.
     "Near" reaches `_REACH` pixels beyond an object, because what tells a cross from a diamond is the background
     between its arms. Each frame's mean counts alike, whatever its objects cover: over all pixels together a small
-    star would weigh less than half as much as a large one, and is drawn as a circle. `background` is the color [B, T, 3] of each
-    frame's.
+    star would weigh less than half as much as a large one, and is drawn as a circle. `background` is the color
+    [B, T, 3] of each frame's.
     """
     error = jnp.abs(shown - video).mean(-1)
     objects = jnp.any(jnp.abs(video - background[:, :, None, None]) > 0.01, axis=-1)
