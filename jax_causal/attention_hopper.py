@@ -25,7 +25,10 @@ from jax_causal.attention_plan import CLUSTER, TILE, Plan
 from jax_causal.attention_tile import BLOCK_K, ROWS
 
 WORKERS = TILE // ROWS  # warpgroups that multiply
-STAGES = 2  # steps that keys and values are copied ahead
+BUFFERS = 5  # for keys and values in turn, as many as a block has room for: what is copied ahead
+# Registers of a thread that copies and of one that multiplies, in eights: together no more than a block starts with, or
+# those that ask for more wait for ever.
+COPYING, MULTIPLYING = 24, 240
 
 
 def supported() -> bool:
@@ -44,11 +47,19 @@ def attend(q, k, v, length, *, no_keys: float, merge, processors: int) -> tuple[
     """
     (B, T, N, _), K = q.shape, k.shape[1]
     plan = Plan.cheapest(T, B * N, K, processors)
-    q = jnp.pad(q, ((0, 0), (0, -T % 8), (0, 0), (0, 0)))  # the copy engine wants eights of rows
     length = jnp.full((1,), K if length is None else length, jnp.int32)
-    out, lse, *shared = forward(q, k, v, length, plan=plan, no_keys=no_keys)
+    return together(T, plan, merge, no_keys, *forward(pad(q), k, v, length, plan=plan, no_keys=no_keys))
+
+
+def pad(q):
+    """Queries [B, T, N, D] in eights, which the copy engine wants."""
+    return jnp.pad(q, ((0, 0), (0, -q.shape[1] % 8), (0, 0), (0, 0)))
+
+
+def together(T: int, plan: Plan, merge, no_keys, out, lse, *shared) -> tuple[jax.Array, jax.Array]:
+    """`attend` of T queries, from what the kernel gives."""
     if plan.shared:
-        rows = q.shape[1] - plan.whole * TILE
+        rows = T + -T % 8 - plan.whole * TILE
         outs, lses = merge(*_runs(plan, *(x[:, :, :rows] for x in shared), no_keys))
         outs = outs.astype(out.dtype)
         if plan.whole:
@@ -83,44 +94,56 @@ def forward(q, k, v, length, *, plan: Plan, no_keys: float):
     and undefined where there are none). Of shared ones each run's fp32 out [runs, B, shared * 128, N, D] and lse [runs,
     B, shared * 128, N], undefined where `Plan.is_run` says that there is none.
     """
+    return plgpu.kernel(
+        functools.partial(walk_tiles, plan=plan, no_keys=no_keys),
+        out_type=out_types(q, plan),
+        scratch_types=scratch_types(q.shape[-1], q.dtype),
+        grid=(plan.clusters,),
+        num_threads=WORKERS + 1,
+        compiler_params=COMPILER_PARAMS,
+        kernel_name="flash_attention_hopper",
+        **NAMES,
+    )(q, k, v, length, jnp.asarray(plan.borders()))
+
+
+# Rows are reduced within a warp, which needs no scratch.
+COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512)
+NAMES = {
+    "grid_names": ("cluster",),
+    "cluster": (CLUSTER,),
+    "cluster_names": ("side",),
+    "thread_name": "warpgroup",
+}
+
+
+def out_types(q, plan: Plan) -> list[jax.ShapeDtypeStruct]:
+    """What the kernel gives; see `forward`."""
     B, T, N, D = q.shape
-    out_type = [
+    found = [
         jax.ShapeDtypeStruct((B, T if plan.whole else 8, N, D), q.dtype),
         jax.ShapeDtypeStruct((B, N, max(plan.whole, 1) * TILE), jnp.float32),
     ]
-    # Memory is free when both blocks have used theirs, for both write to both.
-    free = plgpu.ClusterBarrier(collective_axes=("side",), num_arrivals=WORKERS, num_barriers=STAGES)
-    scratch = {
-        "q_smem": _swizzled((WORKERS, ROWS, D), q.dtype),
-        "k_smem": _swizzled((STAGES, BLOCK_K, D), q.dtype),
-        "v_smem": _swizzled((STAGES, BLOCK_K, D), q.dtype),
-        "out_smem": _swizzled((WORKERS, ROWS, D), q.dtype),
-        "lse_smem": plgpu.SMEM((WORKERS, ROWS), jnp.float32),
-        "q_ready": plgpu.Barrier(num_barriers=WORKERS),
-        "k_ready": plgpu.Barrier(num_barriers=STAGES),
-        "v_ready": plgpu.Barrier(num_barriers=STAGES),
-        "k_free": free,
-        "v_free": free,
-    }
     if plan.shared:
-        out_type += [
+        found += [
             jax.ShapeDtypeStruct((plan.runs, B, plan.shared * TILE, N, D), jnp.float32),
             jax.ShapeDtypeStruct((plan.runs, B, plan.shared * TILE, N), jnp.float32),
         ]
-    return plgpu.kernel(
-        functools.partial(_kernel, plan=plan, no_keys=no_keys),
-        out_type=out_type,
-        scratch_types=scratch,
-        grid=(plan.clusters,),
-        grid_names=("cluster",),
-        cluster=(CLUSTER,),
-        cluster_names=("side",),
-        num_threads=WORKERS + 1,
-        thread_name="warpgroup",
-        # Rows are reduced within a warp, which needs no scratch.
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
-        kernel_name="flash_attention_hopper",
-    )(q, k, v, length, jnp.asarray(plan.borders()))
+    return found
+
+
+def scratch_types(D: int, dtype) -> dict:
+    """Shared memory and barriers of a block of threads."""
+    # Memory is free when both blocks have used theirs, for both write to both.
+    free = plgpu.ClusterBarrier(collective_axes=("side",), num_arrivals=WORKERS, num_barriers=BUFFERS)
+    return {
+        "q_smem": _swizzled((WORKERS, ROWS, D), dtype),
+        "kv_smem": _swizzled((BUFFERS, BLOCK_K, D), dtype),
+        "out_smem": _swizzled((WORKERS, ROWS, D), dtype),
+        "lse_smem": plgpu.SMEM((WORKERS, ROWS), jnp.float32),
+        "q_ready": plgpu.Barrier(num_barriers=WORKERS),
+        "kv_ready": plgpu.Barrier(num_barriers=BUFFERS),
+        "kv_free": free,
+    }
 
 
 def _swizzled(shape, dtype):
@@ -135,12 +158,12 @@ def store(ref, value):
         ref[...] = value
 
 
-def load(source, smem, ready, free, step, together):
-    """Copies the keys or values of a step, once there is room: `together` each block of a cluster copies a half, to
-    both."""
-    slot = lax.rem(step, STAGES)
+def load(source, smem, ready, free, turn, together):
+    """Copies the keys or values of a step when it is their turn, once there is room: `together` each block of a cluster
+    copies a half, to both."""
+    slot = lax.rem(turn, BUFFERS)
     smem, ready, free = (x.at[slot] for x in (smem, ready, free))
-    pl.when(step >= STAGES)(lambda: plgpu.barrier_wait(free))
+    pl.when(turn >= BUFFERS)(lambda: plgpu.barrier_wait(free))
 
     @pl.when(together)
     def _half():
@@ -151,15 +174,43 @@ def load(source, smem, ready, free, step, together):
         plgpu.copy_gmem_to_smem(source, smem, ready)
 
 
-def _kernel(
-    q_ref, k_ref, v_ref, length_ref, borders_ref, out_ref, lse_ref, *shared_refs, plan, no_keys, **scratch
-):
-    q_smem, k_smem, v_smem, out_smem, lse_smem = (
-        scratch[f"{name}_smem"] for name in ("q", "k", "v", "out", "lse")
+class NewestFirst:
+    """The order in which a block walks over the keys of a tile: only the first step, with the newest, can be partly
+    valid. All arguments and results are int32 scalars."""
+
+    def begin(self, start, count, length):
+        """What `first` is given in each of `count` steps from `start` on, and what `before`."""
+        return (start + count - 1) * BLOCK_K, None
+
+    def first(self, origin, step):
+        """The first key of a step."""
+        return origin - step * BLOCK_K
+
+    def valid(self, start, stop, count, length):
+        """How many keys are valid in the first step."""
+        return jnp.minimum(length, stop * BLOCK_K) - (start + count - 1) * BLOCK_K
+
+    def before(self, pace, step, count, state):
+        """Called before the keys of a step are copied, and once behind the last step. Gives a state, which is 0 at
+        first."""
+        return state
+
+    def finish(self, state):
+        """Called when all keys are copied."""
+
+    def release(self, index):
+        """Called before `out_smem` is written to for the tile `index` of a block."""
+
+
+def walk_tiles(
+    q_ref, k_ref, v_ref, length_ref, borders_ref, out_ref, lse_ref, *shared_refs,
+    plan, no_keys, arrivals=None, **scratch,
+):  # fmt: skip
+    """The kernel. `arrivals` is another order of keys than `NewestFirst`, with the same methods."""
+    q_smem, out_smem, lse_smem, q_ready = (
+        scratch[name] for name in ("q_smem", "out_smem", "lse_smem", "q_ready")
     )
-    q_ready, k_ready, v_ready, k_free, v_free = (
-        scratch[name] for name in ("q_ready", "k_ready", "v_ready", "k_free", "v_free")
-    )
+    buffers = tuple(scratch[name] for name in ("kv_smem", "kv_ready", "kv_free"))
     N = q_ref.shape[2]
     me, cluster, side = (lax.axis_index(name) for name in ("warpgroup", "cluster", "side"))
     tiles = plan.count(cluster, borders_ref[cluster], borders_ref[cluster + 1])
@@ -171,66 +222,64 @@ def _kernel(
         return plan.place(cluster, side, index, borders_ref[cluster], borders_ref[cluster + 1])
 
     def walk(index):
-        """Where the `index`th tile is, the last step of its keys, how many there are, and how many keys are valid in
-        the last. Only this one can be partly valid: it comes first."""
-        place, length = find(index), length_ref[0]
-        start, stop = plan.span(place, lax.div(length + (BLOCK_K - 1), BLOCK_K))
-        count = jnp.maximum(stop - start, 1)  # without keys, over one step of which nothing is valid
-        last = start + count - 1
-        return place, last, count, jnp.minimum(length, stop * BLOCK_K) - last * BLOCK_K
+        """Where the `index`th tile is, which steps of all keys it takes, and how many."""
+        place = find(index)
+        start, stop = plan.span(place, lax.div(length_ref[0] + (BLOCK_K - 1), BLOCK_K))
+        return place, start, jnp.maximum(stop - start, 1)  # without keys, a step of which nothing is valid
+
+    order = arrivals or NewestFirst()
 
     @pl.when(me == WORKERS)
     def _copy():
-        plgpu.set_max_registers(24, action="decrease")
+        plgpu.set_max_registers(COPYING, action="decrease")
 
-        def tile(index, done):
-            place, last, count, _ = walk(index)
+        def tile(index, carry):
+            done, state = carry
+            place, start, count = walk(index)
             batch, head = lax.div(place.head, N), lax.rem(place.head, N)
 
-            @pl.loop(0, count)
-            def _(step):
-                keys = (batch, pl.ds((last - step) * BLOCK_K, BLOCK_K), head)
-                load(k_ref.at[keys], k_smem, k_ready, k_free, done + step, place.together)
-                load(v_ref.at[keys], v_smem, v_ready, v_free, done + step, place.together)
+            origin, pace = order.begin(start, count, length_ref[0])
 
-            return done + count
+            def copy(ref, step, turn):
+                source = ref.at[batch, pl.ds(order.first(origin, step), BLOCK_K), head]
+                load(source, *buffers, turn, place.together)
 
-        steps = lax.fori_loop(0, tiles, tile, jnp.int32(0))
+            def step(i, state):
+                state = order.before(pace, i, count, state)
+                pl.when(i < count)(lambda: copy(k_ref, i, attention_tile.turn_of_keys(done, i)))
+                pl.when(i > 0)(lambda: copy(v_ref, i - 1, attention_tile.turn_of_values(done, i - 1, count)))
+                return state
+
+            return done + count, lax.fori_loop(0, count + 1, step, state)
+
+        steps, state = lax.fori_loop(0, tiles, tile, (jnp.int32(0), jnp.int32(0)))
+        order.finish(state)
 
         # Before the other block has said for the last time that it has used something, this one must not end.
-        @pl.loop(jnp.maximum(steps - STAGES, 0), steps)
-        def _(step):
-            for free in (k_free, v_free):
-                plgpu.barrier_wait(free.at[lax.rem(step, STAGES)])
+        @pl.loop(jnp.maximum(2 * steps - BUFFERS, 0), 2 * steps)
+        def _(turn):
+            *_, free = buffers
+            plgpu.barrier_wait(free.at[lax.rem(turn, BUFFERS)])
 
     @pl.when(me < WORKERS)
     def _multiply():
-        plgpu.set_max_registers(240, action="increase")
+        plgpu.set_max_registers(MULTIPLYING, action="increase")
         queries, shown, ready = q_smem.at[me], out_smem.at[me], q_ready.at[me]
+
+        def first_query(place):
+            return (place.tile + jnp.where(place.shared, plan.whole, 0)) * TILE + me * ROWS
 
         def load_queries(index):
             place = find(index)
             batch, head = lax.div(place.head, N), lax.rem(place.head, N)
-            first = (place.tile + jnp.where(place.shared, plan.whole, 0)) * TILE + me * ROWS
-            plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(first, ROWS), head], queries, ready)
+            rows = pl.ds(first_query(place), ROWS)
+            plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], queries, ready)
 
-        def tile(index, done):
-            _, _, count, valid = walk(index)
-
-            def ahead():
-                pl.when(index + 1 < tiles)(lambda: load_queries(index + 1))
-
-            plgpu.barrier_wait(ready)
+        def attend_to(index, done, start, count, ahead):
+            _, stop = plan.span(find(index), lax.div(length_ref[0] + (BLOCK_K - 1), BLOCK_K))
+            valid = order.valid(start, stop, count, length_ref[0])
             attended = functools.partial(
-                attention_tile.attend,
-                queries,
-                (k_smem, k_ready, k_free),
-                (v_smem, v_ready, v_free),
-                done,
-                count,
-                valid,
-                no_keys,
-                ahead,
+                attention_tile.attend, queries, buffers, done, count, valid, no_keys, ahead
             )
             out, lse = pl.run_scoped(attended, plgpu.ACC((ROWS, queries.shape[1]), jnp.float32))
             place = find(index)
@@ -239,6 +288,7 @@ def _kernel(
 
             @pl.when(jnp.logical_not(place.shared))
             def _whole():
+                order.release(index)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left this memory
                 shown[...] = out.astype(shown.dtype)
                 lse_smem[me] = lse
@@ -254,6 +304,17 @@ def _kernel(
                     shared_out[place.run, batch, rows, head] = out
                     store(shared_lse.at[place.run, batch, rows, head], lse)
 
+        def tile(index, done):
+            place, start, count = walk(index)
+
+            def ahead():
+                pl.when(index + 1 < tiles)(lambda: load_queries(index + 1))
+
+            plgpu.barrier_wait(ready)
+            # The last queries of a head may leave one of the two warpgroups without any.
+            any_queries = first_query(place) < q_ref.shape[1]
+            pl.when(any_queries)(lambda: attend_to(index, done, start, count, ahead))
+            pl.when(jnp.logical_not(any_queries))(lambda: attention_tile.skip(buffers, done, count, ahead))
             return done + count
 
         load_queries(0)

@@ -22,25 +22,52 @@ ROWS = 64  # queries of one warpgroup
 BLOCK_K = 128  # keys of one step
 
 
-def attend(q, keys, values, done, count, valid, no_keys, ahead, out_acc):
+def turn_of_keys(done, step):
+    """When the keys of a step, of those of a tile, are multiplied: after how many other keys and values of a block.
+    `done` steps of earlier tiles are over."""
+    return 2 * done + jnp.maximum(2 * step - 1, 0)
+
+
+def turn_of_values(done, step, count):
+    """When the values of a step, of the `count` of a tile, are multiplied: after the keys of the next."""
+    return 2 * done + jnp.minimum(2 * step + 2, 2 * count - 1)
+
+
+def skip(buffers, done, count, ahead):
+    """A warpgroup over `count` steps of keys for which it has no queries."""
+    smem, ready, free = buffers
+    ahead()
+
+    @pl.loop(2 * done, 2 * (done + count))
+    def _(turn):
+        slot = lax.rem(turn, smem.shape[0])
+        plgpu.barrier_wait(ready.at[slot])
+        plgpu.barrier_arrive(free.at[slot])
+
+
+def attend(q, buffers, done, count, valid, no_keys, ahead, out_acc):
     """One warpgroup over `count` steps of keys, `valid` ones of the first step.
 
     Args:
       q: queries [ROWS, D] in shared memory.
-      keys, values: of both the shared memory [stages, BLOCK_K, D] and the barriers of what is ready and free.
-      done: steps before these, which used the memory in turn.
+      buffers: shared memory [buffers, BLOCK_K, D] that holds keys and values by their turns, and the barriers of what
+        is ready and free.
+      done: steps before these.
       ahead: called once `q` is no longer read.
       out_acc: accumulator [ROWS, D].
 
     Returns:
       out [ROWS, D] and its log-sum-exp [ROWS], float32.
     """
-    (k_smem, k_ready, k_free), (v_smem, v_ready, v_free) = keys, values
+    smem, ready, free = buffers
     scale = math.log2(math.e) / math.sqrt(q.shape[1])  # scores in base 2: exp2 is the native instruction
     scores_type = plgpu.ACC((ROWS, BLOCK_K), jnp.float32)
 
-    def slot(i):
-        return lax.rem(done + jnp.asarray(i, jnp.int32), k_smem.shape[0])
+    def slot_of_keys(step):
+        return lax.rem(turn_of_keys(done, jnp.asarray(step, jnp.int32)), smem.shape[0])
+
+    def slot_of_values(step):
+        return lax.rem(turn_of_values(done, jnp.asarray(step, jnp.int32), count), smem.shape[0])
 
     def softmax(s, peak, total):
         new_peak = jnp.maximum(peak, jnp.max(s, axis=1) * scale)
@@ -49,47 +76,47 @@ def attend(q, keys, values, done, count, valid, no_keys, ahead, out_acc):
         return weights, new_peak, total * shrink + jnp.sum(weights, axis=1), shrink
 
     def first(s_acc):
-        plgpu.wgmma(s_acc, q, k_smem.at[slot(0)].transpose((1, 0)))
+        plgpu.wgmma(s_acc, q, smem.at[slot_of_keys(0)].transpose((1, 0)))
         return s_acc[...]
 
-    plgpu.barrier_wait(k_ready.at[slot(0)])
+    plgpu.barrier_wait(ready.at[slot_of_keys(0)])
     s = pl.run_scoped(first, scores_type)
-    plgpu.barrier_arrive(k_free.at[slot(0)])
+    plgpu.barrier_arrive(free.at[slot_of_keys(0)])
     column = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA)
     s = jnp.where(column < valid, s, no_keys)
     # Below any score, and so far above `no_keys` that what is masked weighs nothing, even where all of it is.
     weights, peak, total, _ = softmax(s, _full(-1e30), _full(0))
-    plgpu.barrier_wait(v_ready.at[slot(0)])
+    plgpu.barrier_wait(ready.at[slot_of_values(0)])
 
     def step(i, carry):
         weights, peak, total = carry
-        this, last = slot(i), slot(i - 1)
+        these_keys, last_values = slot_of_keys(i), slot_of_values(i - 1)
 
         def scores(s_acc):
-            plgpu.wgmma(s_acc, q, k_smem.at[this].transpose((1, 0)))
-            plgpu.wgmma(out_acc, weights, v_smem.at[last])
+            plgpu.wgmma(s_acc, q, smem.at[these_keys].transpose((1, 0)))
+            plgpu.wgmma(out_acc, weights, smem.at[last_values])
             return plgpu.wgmma_accumulator_load(s_acc, wait_n=1)  # the scores; the second product goes on
 
         # Waits are before the scores are begun, or these are set to zero before the waits, which takes instructions.
-        plgpu.barrier_wait(k_ready.at[this])
+        plgpu.barrier_wait(ready.at[these_keys])
         s = pl.run_scoped(scores, scores_type)
-        plgpu.barrier_arrive(k_free.at[this])
+        plgpu.barrier_arrive(free.at[these_keys])
         # Softmax runs beside the second product only if the assembler cannot have the wait for that first: a loop that
         # waits keeps them apart. And 16-bit weights made before it would be registers of a product under way, which
         # the assembler forbids by waiting after every instruction of products.
         weights, peak, total, shrink = lax.optimization_barrier(softmax(s, peak, total))
-        plgpu.barrier_wait(v_ready.at[this])
+        plgpu.barrier_wait(ready.at[slot_of_values(i)])
         out = out_acc[...]
-        plgpu.barrier_arrive(v_free.at[last])
+        plgpu.barrier_arrive(free.at[last_values])
         out_acc[...] = _rescaled(out, shrink)
         return weights.astype(q.dtype), peak, total
 
     weights, peak, total = lax.fori_loop(1, count, step, (weights.astype(q.dtype), peak, total))
     ahead()
-    last = slot(count - 1)
-    plgpu.wgmma(out_acc, weights, v_smem.at[last])
+    last_values = slot_of_values(count - 1)
+    plgpu.wgmma(out_acc, weights, smem.at[last_values])
     out = out_acc[...]
-    plgpu.barrier_arrive(v_free.at[last])
+    plgpu.barrier_arrive(free.at[last_values])
     total = jnp.maximum(total, 1e-30)  # it is 1 or more, or 0 without keys
     any_keys = (valid > 0).astype(jnp.float32)
     lse = peak * math.log(2) + jnp.log(total)

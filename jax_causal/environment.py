@@ -8,6 +8,8 @@ Everything here is a default: whatever the environment says already, wins.
 * `XLA_FLAGS` gains the flags of `GPU_FLAGS` that it does not mention. Other platforms ignore them.
 * With several devices asked for, a CPU offers that many virtual ones, and threads enough that their collectives cannot
   wait for each other for ever. Where there are accelerators this changes nothing.
+* With several devices asked for, NVIDIA GPUs load all code of a program before it runs (`CUDA_MODULE_LOADING`): what a
+  kernel waits for on another GPU may be code that cannot be loaded while it waits.
 * On a GPU, JAX reserves 90 % of the memory instead of 75 %, or nothing in advance where other processes need room.
 """
 
@@ -46,6 +48,7 @@ def apply(
     if devices and devices > 1:
         environ.setdefault("JAX_NUM_CPU_DEVICES", str(devices))
         environ.setdefault("NPROC", str(2 * devices))
+        environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     if platform:
         environ.setdefault("JAX_PLATFORMS", platform)
 

@@ -32,11 +32,13 @@ class Peers(NamedTuple):
       tokens: S.
       axis: of the mesh, along which they lie; the kernel is inside its `shard_map`. None for devices that are not
         there: this one's rows are then written, in its own cache, to the places of all.
+      behind: whether `attention_peers` sends the rows; rotation then writes them to this device's cache alone.
     """
 
     count: int
     tokens: int
     axis: str | None
+    behind: bool = False
 
     def suit(self, m: int) -> bool:
         """Whether no block of threads holds both tokens and padding."""
@@ -105,6 +107,8 @@ def plain_rotate(eps, peers, qkv, scales, factors, keys, values, slots):
     q, k, v = normalise(qkv, scales, eps)
     table = jnp.stack([factors[0, ..., ::2], factors[1, ..., 1::2]])
     q, k = rope.rotate(q, table), rope.rotate(k, table)
+    if peers and peers.behind:
+        return q, *(_own_rows(peers, cache, x, slots) for cache, x in ((keys, k), (values, v)))
     if peers and peers.axis:
         k, v = (lax.all_gather(x, peers.axis, axis=2, tiled=True) for x in (k, v))
     elif peers:
@@ -116,6 +120,19 @@ def plain_rotate(eps, peers, qkv, scales, factors, keys, values, slots):
         keys = lax.dynamic_update_slice(keys, k[:, None, f], start)
         values = lax.dynamic_update_slice(values, v[:, None, f], start)
     return q, keys, values
+
+
+def _own_rows(peers, cache, rows, slots):
+    """The cache [B, 1, K, N, D] with this device's rows [B, F, m, N, D] at their places."""
+    F, m = rows.shape[1:3]
+    padding = ((0, 0), (0, 0), (0, peers.count * m - peers.tokens), (0, 0), (0, 0))
+    for f in range(F):
+        first = slots[f] * peers.tokens
+        frame = jnp.pad(lax.dynamic_slice_in_dim(cache, first, peers.tokens, axis=2), padding)
+        own = lax.axis_index(peers.axis) * m
+        frame = lax.dynamic_update_slice_in_dim(frame, rows[:, None, f], own, axis=2)[:, :, : peers.tokens]
+        cache = lax.dynamic_update_slice_in_dim(cache, frame, first, axis=2)
+    return cache
 
 
 def normalise(qkv, scales, eps: float):
@@ -139,6 +156,9 @@ def _rotate_kernel(eps, peers, qkv, scales, factors, keys, values, slots):
     keys_ref, values_ref = (jax.new_ref(x[:, 0]) for x in (keys, values))
     # Axes of the mesh are seen inside too: no name may be one of theirs.
     grid = {"kernel_frame": B * F, "kernel_tile": hopper_rows.tiles(m), "kernel_part": 3}
+    if peers and peers.behind:
+        # Read in the kernel, it would make devices wait for each other before.
+        slots = jnp.append(slots, lax.axis_index(peers.axis))
 
     def kernel(qkv_ref, q_scale_ref, k_scale_ref, factors_ref, slots_ref, keys_ref, values_ref, q_ref):
         index, tile, part = (lax.axis_index(name) for name in grid)
@@ -147,7 +167,7 @@ def _rotate_kernel(eps, peers, qkv, scales, factors, keys, values, slots):
         own = qkv_ref.at[index, tokens, part]
         # Counts the pieces that others have written to this device's cache.
         arrived = pl.get_global(plgpu.SemaphoreType.REGULAR) if _travels(peers) else None
-        place = _places(peers, m, arrived)
+        place = _places(peers, m, arrived, slots_ref[F] if peers and peers.behind else None)
 
         @pl.when(part < 2)
         def _rotate():
@@ -188,7 +208,7 @@ def _rotate_kernel(eps, peers, qkv, scales, factors, keys, values, slots):
 
     out_type = jax.ShapeDtypeStruct((B * F, m, N, D), qkv.dtype)
     q = hopper_rows.launch(
-        kernel, out_type, grid, "rotate_into_caches" if peers and peers.count > 1 else "rotate_into_cache"
+        kernel, out_type, grid, "rotate_into_caches" if _travels(peers) else "rotate_into_cache"
     )(
         qkv.reshape(B * F, m, 3, N, D),
         *(x.reshape(N, D) for x in scales),
@@ -201,10 +221,10 @@ def _rotate_kernel(eps, peers, qkv, scales, factors, keys, values, slots):
 
 
 def _travels(peers: Peers | None) -> bool:
-    return peers is not None and peers.axis is not None and peers.count > 1
+    return peers is not None and peers.axis is not None and peers.count > 1 and not peers.behind
 
 
-def _places(peers: Peers | None, m: int, arrived):
+def _places(peers: Peers | None, m: int, arrived, mine):
     """A function that writes x, `tokens` of this device's m in a slot, where they belong: to the cache `ref` and to
     that of every peer. No peer is still reading there: devices wait for each other before such a kernel begins."""
     count, whole = (peers.count, peers.tokens) if peers else (1, m)
@@ -218,6 +238,9 @@ def _places(peers: Peers | None, m: int, arrived):
             else:
                 pl.when(first < whole)(lambda: write(here))  # padding has no place
 
+        if peers and peers.behind:
+            at(mine, lambda here: ref.__setitem__(here, x))
+            return
         if not _travels(peers):
             for share in range(count):
                 at(share, lambda here: ref.__setitem__(here, x))

@@ -163,7 +163,8 @@ class Scaling:
         *_, (work, _) = self._works()  # a full-size block, which the first may not be
         forms, collective = [], dataclasses.replace(gather, direct=False)
         if gather.direct:
-            forms.append(dataclasses.replace(collective, label="gather, by collectives"))
+            before = dataclasses.replace(gather, label="gather, sent before attention", overlap=False)
+            forms += [before, dataclasses.replace(collective, label="gather, by collectives")]
         head = 1, 1, work.config.num_heads, work.config.head_dim
         # A kernel of ours fills a device without.
         splits = choose_backend("auto", jax.ShapeDtypeStruct(head, self.precision)) != "hopper"

@@ -44,8 +44,9 @@ class SequenceParallel:
       direct: whether `gather` may have the kernel that rotates keys write them and the values into the caches of the
         other devices, instead of a collective. It does on Hopper GPUs with jax 0.11, where one process has all of
         them, the mesh takes them in order from the first, `hopper_rows.suits` its rows and `Peers.suit` the shares.
-      overlap: whether `gather`, by a collective, attends to the past while the block's keys and values travel, and
-        merges.
+      overlap: whether `gather` attends to the past while the block's keys and values travel. By a collective, the two
+        are merged then. Where a kernel sends, the one that attends does so, not the one that rotates:
+        `CUDA_MODULE_LOADING` must be `EAGER` for that, as the command line sets it, and `attention_peers.suits` hold.
       unroll: as in `SingleDevice`.
     """
 
@@ -251,19 +252,23 @@ class Sharded:
         return run(x, out, param, norm, time)
 
     def attend_product(self, qkv, scales, table, cache, layer, placement, layout, eps):
-        from jax_causal import fused_rotation
+        from jax_causal import attention_peers, fused_rotation
 
         if (peers := self._peers(layout.tokens)) is None:
             q, k, v = fused_rotation.normalise(qkv, scales, eps)
             return self.attend_cached(q, k, v, table, cache, layer, placement, layout)
+        if layout.ring:  # the past is no prefix of it that could be attended to first
+            peers = peers._replace(behind=False)
 
         def body(qkv, scales, table, keys, values, slots, held):
             q, *held_here = fused_rotation.rotate_into_cache(
                 qkv, scales, table, keys, values, slots, eps=eps, peers=peers
             )
-            return causal_rope_sp.attend_held(
-                q, *held_here, layout.part_length(held), self.backend
-            ), *held_here
+            length = layout.part_length(held)
+            if peers.behind:
+                fresh = layout.part_length(slots[0])
+                return attention_peers.attend(q, *held_here, slots, length, fresh, peers=peers)
+            return causal_rope_sp.attend_held(q, *held_here, length, self.backend), *held_here
 
         tokens, cached = self._spec(QKV), self._spec(self._cache_names[1:])
         in_specs = (self._spec((*QKV, None)), P(), self._spec(TABLE), cached, cached, P(), P())
@@ -274,14 +279,17 @@ class Sharded:
 
     def _peers(self, tokens):
         """The devices whose caches a kernel writes to; None where `gather` is not by such a kernel."""
-        from jax_causal import fused_rotation
+        from jax_causal import attention_peers, fused_rotation
 
         devices = self.mesh.devices.ravel()
         # What such kernels ask for.
         alone = jax.process_count() == 1 and [d.id for d in devices] == list(range(len(devices)))
         able = self.direct and self.strategy.gathers and alone and fused_rotation.can_reach_peers()
-        peers = fused_rotation.Peers(self.strategy.seq, tokens, SEQ)
-        return peers if able and peers.suit(self.shares(tokens).rows) else None
+        behind = self.overlap and self.backend in ("auto", "hopper") and len(devices) > 1
+        rows = self.shares(tokens).rows
+        behind = behind and attention_peers.suits(tokens, rows, len(devices))
+        peers = fused_rotation.Peers(self.strategy.seq, tokens, SEQ, behind)
+        return peers if able and peers.suit(rows) else None
 
     def attend(self, q, k, v, table, tokens, frame_mask=None):
         body = functools.partial(

@@ -49,7 +49,7 @@ class Share(Sharded):
 
     def _peers(self, tokens):
         peers = super()._peers(tokens)
-        return peers and peers._replace(axis=None)
+        return peers and peers._replace(axis=None, behind=False)
 
     def cache_shape(self, tokens):
         stored, parts = super().cache_shape(tokens)

@@ -20,22 +20,26 @@ class Machine:
       axis, device: name of their mesh axis, and the one that runs.
       memory: arrays that kernels write in place, by device; None: those that a kernel is given.
       signals, awaited: of each device's semaphore, how often it was signalled and for how many its kernel waited.
+      arrivals: of a kernel's threads at barriers.
       order: in which other devices' memory was written and they were signalled: ("write" or "signal", device).
+      under_way: copies by the copy engine, which are made no sooner than they are waited for.
     """
 
-    axis, device, memory = "seq", 0, None
+    axis, device, memory, arrivals = "seq", 0, None, 0
 
     def __init__(self):
         self.signals, self.awaited, self.order = collections.Counter(), {}, []
+        self.under_way = {"in": [], "out": []}
 
 
-class _Ref:
+class Ref:
     """Memory as a kernel sees it, over a numpy array."""
 
     def __init__(self, array):
         self.array = array
 
     at = property(lambda self: self)
+    shape = property(lambda self: self.array.shape)
 
     def _index(self, index):
         index = index if isinstance(index, tuple) else (index,)
@@ -45,7 +49,7 @@ class _Ref:
 
     def __getitem__(self, index):
         part = self.array[self._index(index)]
-        return _Ref(part) if part.ndim else part
+        return Ref(part) if part.ndim else part
 
     def __setitem__(self, index, value):
         part = self.array[self._index(index)]
@@ -69,10 +73,9 @@ def machine(monkeypatch):
                 arrays = [
                     next(own) if isinstance(x, jax.Ref) else a for x, a in zip(operands, arrays, strict=True)
                 ]
-            place[machine.axis] = machine.device
             for point in itertools.product(*map(range, grid.values())):
                 place.update(zip(grid, point, strict=True))
-                kernel(*map(_Ref, arrays), *map(_Ref, outs))
+                kernel(*map(Ref, arrays), *map(Ref, outs))
             for ref, array in zip(operands, arrays, strict=True):
                 if isinstance(ref, jax.Ref):
                     ref[...] = array
@@ -85,9 +88,22 @@ def machine(monkeypatch):
         own = machine.memory[machine.device]
         (index,) = (i for i, array in enumerate(own) if array is ref.array)
         machine.order.append(("write", int(device[machine.axis])))
-        return _Ref(machine.memory[int(device[machine.axis])][index])
+        return Ref(machine.memory[int(device[machine.axis])][index])
+
+    def copy(source, target, kind):
+        machine.under_way[kind].append((source.array, target.array))
+
+    def copied(kind):
+        for source, target in machine.under_way[kind]:
+            target[...] = source
+        machine.under_way[kind].clear()
+
+    def arrive(barrier):
+        assert not machine.under_way["out"]
+        machine.arrivals += 1
 
     def signal(semaphore, device_id):
+        assert not machine.under_way["out"]
         machine.signals[int(device_id[machine.axis])] += 1
         machine.order.append(("signal", int(device_id[machine.axis])))
 
@@ -101,6 +117,9 @@ def machine(monkeypatch):
     def spread(x, like, *axes):
         return jax.lax.broadcast_in_dim(x, like.shape, axes)
 
+    def loop(start, stop):
+        return lambda body: [body(jnp.int32(i)) for i in range(int(start), int(stop))]
+
     def when(condition):
         return lambda run: run() if condition else None
 
@@ -108,11 +127,21 @@ def machine(monkeypatch):
     monkeypatch.setattr(hopper_rows, "load", lambda ref, layout: jnp.asarray(ref.array))
     monkeypatch.setattr(hopper_rows, "spread", spread)
     monkeypatch.setattr(hopper_rows, "swap_pairs", swap_pairs)
-    monkeypatch.setattr(jax.lax, "axis_index", lambda name: jnp.int32(place[name]))
+    monkeypatch.setattr(
+        jax.lax,
+        "axis_index",
+        lambda name: jnp.int32(machine.device if name == machine.axis else place[name]),
+    )
     monkeypatch.setattr(plgpu, "remote_ref", remote, raising=False)
+    monkeypatch.setattr(plgpu, "copy_gmem_to_smem", lambda source, target, ready: copy(source, target, "in"))
+    monkeypatch.setattr(plgpu, "copy_smem_to_gmem", lambda source, target: copy(source, target, "out"))
+    monkeypatch.setattr(plgpu, "barrier_wait", lambda ready: copied("in"))
+    monkeypatch.setattr(plgpu, "barrier_arrive", arrive)
+    monkeypatch.setattr(plgpu, "wait_smem_to_gmem", lambda n, wait_read_only=False: copied("out"))
     monkeypatch.setattr(pl, "get_global", lambda what: None, raising=False)
     monkeypatch.setattr(pl, "semaphore_signal", signal)
     monkeypatch.setattr(pl, "semaphore_wait", wait)
+    monkeypatch.setattr(pl, "loop", loop)
     monkeypatch.setattr(pl, "when", when)
     with jax.disable_jit():
         yield machine

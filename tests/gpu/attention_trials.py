@@ -7,7 +7,7 @@
 Every variant runs in a process of its own, which is ended after 20 s, and none is begun after 90 s. A line for each
 case: microseconds of a call, in a row of dependent calls after a quarter of a second of such load; its speed; the
 relative Euclidean error against float32, of every ninth query, of all and of the worst of a head. "present" is the
-kernel as it is, "stages3" copies keys and values three steps ahead. "no-copy" is wrong: it shows what the kernel would
+kernel as it is, "buffers4" copies fewer keys and values ahead. "no-copy" is wrong: it shows what the kernel would
 take if keys and values were not copied after the first steps.
 """
 
@@ -64,19 +64,19 @@ def as_it_is():
     pass
 
 
-def three_stages():
-    attention_hopper.STAGES = 3
+def four_buffers():
+    attention_hopper.BUFFERS = 4
 
 
 def without_copies():
     copy = attention_hopper.load
 
-    def load(source, smem, ready, free, step, together):
-        pl.when(step < attention_hopper.STAGES)(lambda: copy(source, smem, ready, free, step, together))
+    def load(source, smem, ready, free, turn, together):
+        pl.when(turn < attention_hopper.BUFFERS)(lambda: copy(source, smem, ready, free, turn, together))
 
-        @pl.when(step >= attention_hopper.STAGES)
+        @pl.when(turn >= attention_hopper.BUFFERS)
         def _skip():
-            slot = lax.rem(step, attention_hopper.STAGES)
+            slot = lax.rem(turn, attention_hopper.BUFFERS)
             plgpu.barrier_wait(free.at[slot])
             plgpu.barrier_arrive(ready.at[slot])
 
@@ -86,7 +86,7 @@ def without_copies():
 # name: what is called, and what is changed in its process before
 VARIANTS = {
     "present": (hopper, as_it_is),
-    "stages3": (hopper, three_stages),
+    "buffers4": (hopper, four_buffers),
     "no-copy": (hopper, without_copies),
     "cuDNN": (cudnn, as_it_is),
 }

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from jax_causal import attention_hopper
 from jax_causal.attention_plan import PARTS, Place, Plan
 
 PROCESSORS = 132
@@ -25,6 +26,14 @@ def walks(plan, key_tiles):
         found.append([[(Place(*(x[i, s] for x in place)), (span[0][i, s], span[1][i, s])) for s in (0, 1)]
                       for i in range(count)])  # fmt: skip
     return found
+
+
+def test_threads_ask_for_no_more_registers_than_their_block_has():
+    """A block starts with as many eights for each of its threads as 65536 registers of a processor allow."""
+    warpgroups = attention_hopper.WORKERS + 1
+    of_a_thread = 65536 // (128 * warpgroups) // 8 * 8
+    asked = attention_hopper.COPYING + attention_hopper.WORKERS * attention_hopper.MULTIPLYING
+    assert asked <= warpgroups * of_a_thread
 
 
 @pytest.mark.parametrize(("queries", "heads", "keys"), SIZES)

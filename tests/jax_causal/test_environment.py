@@ -41,6 +41,14 @@ def test_a_cache_folder_that_cannot_be_made_is_done_without(tmp_path):
     assert "JAX_COMPILATION_CACHE_DIR" not in environ
 
 
+def test_several_devices_load_all_code_before_it_runs():
+    environ = {"JAX_COMPILATION_CACHE_DIR": ""}
+    environment.apply(environ, devices=1)
+    assert "CUDA_MODULE_LOADING" not in environ
+    environment.apply(environ, devices=2)
+    assert environ["CUDA_MODULE_LOADING"] == "EAGER"
+
+
 def test_memory_is_reserved_unless_others_need_it():
     environ = {"JAX_COMPILATION_CACHE_DIR": ""}
     environment.apply(environ)

@@ -93,6 +93,25 @@ def test_devices_write_to_all_caches(machine, tokens, devices, rows):
             assert events == ["write", "signal"] * (len(events) // 2)
 
 
+@pytest.mark.parametrize(("tokens", "devices", "rows"), [(8, 2, 4), (24, 3, 8), (28, 3, 12), (20, 4, 8)])
+def test_devices_write_their_own_rows_where_others_send(machine, tokens, devices, rows):
+    """Even shares, and short and empty ones at the end: together they write a block."""
+    qkv, scales, table, keys, values, slots = _queries(
+        B=1, F=2, S=tokens, N=2, slots=(2, 0), room=3 * tokens + 4
+    )
+    expected_q, expected_k = _expected(qkv, scales, table)
+    index = np.minimum(np.arange(devices * rows), tokens - 1).reshape(devices, rows)
+    held = keys, values
+    for machine.device, here in enumerate(index):
+        q, *held = fused_rotation.rotate_into_cache(
+            qkv[:, :, here], scales, table[:, :, here], *held, slots,
+            eps=EPS, peers=Peers(devices, tokens, machine.axis, behind=True),
+        )  # fmt: skip
+        assert_rounded(q, expected_q[:, :, here])
+    _check_cache(*held, keys, values, qkv, expected_k, slots)
+    assert not machine.signals
+
+
 @pytest.mark.parametrize(
     ("tokens", "devices", "rows", "able"), [(20, 2, 10, True), (28, 3, 10, False), (26, 3, 12, False)]
 )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_causal import fused_norm, fused_rotation, rollout, transformer
+from jax_causal import attention_peers, fused_norm, fused_rotation, rollout, transformer
 from jax_causal.config import PRESETS
 from jax_causal.parallel import SingleDevice
 from jax_causal.rollout import RolloutSpec
@@ -35,6 +35,8 @@ def peers(monkeypatch):
     monkeypatch.setattr(Sharded, "fuses", lambda *args: True)
     monkeypatch.setattr(fused_rotation, "can_reach_peers", lambda: True)
     monkeypatch.setattr(fused_rotation, "_rotate_kernel", rotate)
+    monkeypatch.setattr(attention_peers, "_attend_kernel", attention_peers.plain_attend)
+    monkeypatch.setattr(attention_peers, "suits", lambda *args: True)  # the plain form takes any
     monkeypatch.setattr(fused_norm, "_add_norm_kernel", fused_norm.plain_add_norm)
     jax.clear_caches()  # of the same programs without
     yield found
@@ -43,23 +45,25 @@ def peers(monkeypatch):
 
 @pytest.mark.golden
 @pytest.mark.parametrize(
-    ("name", "strategy", "devices", "direct"),
+    ("name", "strategy", "devices", "direct", "overlap"),
     [
-        ("rollout_full", "gather", 2, True),
-        ("rollout_local_sink", "gather", 3, True),
-        ("rollout_full", "gather", 4, False),
-        ("rollout_local_sink", "hybrid", 4, True),
+        ("rollout_full", "gather", 2, True, True),
+        ("rollout_local_sink", "gather", 3, True, True),
+        ("rollout_full", "gather", 2, True, False),
+        ("rollout_full", "gather", 4, False, True),
+        ("rollout_local_sink", "hybrid", 4, True, True),
     ],
 )
-def test_golden_rollout(peers, name, strategy, devices, direct):
+def test_golden_rollout(peers, name, strategy, devices, direct, overlap):
     config, _ = golden_transformer(load(name))
     model = dataclasses.replace(PRESETS["tiny"], transformer=config)
-    parallel = SequenceParallel(devices, strategy, direct=direct).for_model(model)
+    parallel = SequenceParallel(devices, strategy, direct=direct, overlap=overlap).for_model(model)
     golden = GoldenRollout(name, parallel=parallel, unrolled=True)
     np.testing.assert_allclose(golden.run(), golden.data["latents"], atol=ATOL)
     golden.check_cache(ATOL)
     writes = strategy == "gather" and direct
-    assert {(p.count, p.axis) for p in peers} == ({(devices, "seq")} if writes else set())
+    behind = overlap and name == "rollout_full"  # not in a ring
+    assert {(p.count, p.axis, p.behind) for p in peers} == ({(devices, "seq", behind)} if writes else set())
 
 
 def test_who_can_send(monkeypatch):
@@ -68,15 +72,20 @@ def test_who_can_send(monkeypatch):
     first, second, third = jax.devices()[:3]
 
     def peers(devices, tokens=24, **options):
+        """Of a kernel that writes; "behind" is the last of it: whether the one that attends sends."""
         return SequenceParallel(devices, "gather", **options).for_model(seeded.MODEL)._peers(tokens)
 
-    assert peers([first, second]) == (2, 24, "seq")
+    assert peers([first, second], tokens=128) == (2, 128, "seq", True)
+    assert peers([first, second], tokens=128, overlap=False) == (2, 128, "seq", False)
+    assert peers([first, second], tokens=136) == (2, 136, "seq", False)  # 68 rows: keys are walked in eights
+    assert peers([first, second]) == (2, 24, "seq", False)  # 12 rows, and sent are 64 at a time
+    assert peers([first]) == (1, 24, "seq", False)
     assert peers([second, first]) is None
     assert peers([second, third]) is None
     assert peers([first, second], direct=False) is None
     assert peers([first, second, third], tokens=26) is None  # 9 rows, and a block of threads holds 4
     assert SequenceParallel(2, "ring").for_model(seeded.MODEL)._peers(24) is None
-    assert Share.create(Strategy("gather", 2, 1), first)._peers(24) == (2, 24, None)
+    assert Share.create(Strategy("gather", 2, 1), first)._peers(24) == (2, 24, None, False)
 
 
 GRID, FRAMES = (2, 12), 2

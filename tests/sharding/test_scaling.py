@@ -126,14 +126,15 @@ def test_ways_of_gather_where_a_kernel_sends(monkeypatch):
         return Scaling(PRESETS[preset], "bfloat16", inputs, LIMITS).ways(devices, "gather")
 
     assert [(way.label, way.direct, way.overlap) for way in ways("wan-1.3b", 2)] == [
-        ("gather", True, True), ("gather, by collectives", False, True), ("gather, no overlap", False, False)
+        ("gather", True, True), ("gather, sent before attention", True, False),
+        ("gather, by collectives", False, True), ("gather, no overlap", False, False),
     ]  # fmt: skip
     assert [way.label for way in ways("wan-14b", 2)] == ["gather", "gather, no overlap"]
     two, sixteen = ways("wan-1.3b", 2), ways("wan-1.3b", 16)
     assert [way.direct for way in sixteen] == [False, False]  # 98 rows with padding
     kinds = [scaling_report._kind(way) for way in two]
-    assert len(set(kinds)) == 3
-    assert kinds.index(scaling_report._kind(sixteen[0])) == 1
+    assert len(set(kinds)) == 4
+    assert kinds.index(scaling_report._kind(sixteen[0])) == 2
 
 
 def test_keys_are_split_as_a_full_size_block_wants():
