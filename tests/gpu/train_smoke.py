@@ -1,6 +1,6 @@
 """A few updates of Self-Forcing distillation at 1.3B on one GPU, from random weights: finite, and how long they take.
 
-    PYTHONPATH=. python tests/gpu/train_smoke.py                        # a GPU with 141 GB
+    PYTHONPATH=. python tests/gpu/train_smoke.py                        # a GPU with 141 GB: 70 GiB by count
     PYTHONPATH=. python tests/gpu/train_smoke.py --config tiny-distill  # anywhere, to try the script
 
 The update is that of `jax-causal train`: five critic steps and a generator step, each on rollouts of its own. Prints
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_causal import environment
 from jax_causal.parallel import SingleDevice
 from jax_causal.training import config as configs
 from jax_causal.training import folder, optim, stage, trainer
@@ -27,6 +28,7 @@ def main() -> int:
     parser.add_argument("--updates", type=int, default=3)
     parser.add_argument("--set", nargs="*", default=[])
     args = parser.parse_args()
+    environment.apply()
     alone = ["batch_size=1", "accumulate=1", "mesh.data=1", "shard_params=false", "init_from=null"]
     model = ["model=tiny"] if args.config == "tiny-distill" else []
     config = configs.load(args.config, [*alone, *model, *args.set])
