@@ -99,9 +99,10 @@ class VideoWriter:
     """
 
     def __init__(self, path: str | os.PathLike, fps: int, *, overwrite: bool = False):
+        # First of all: what `check_output` offers is more than can be written here.
+        if Path(path).suffix not in _ENCODERS:
+            raise ValueError(f"{path} cannot be written chunk by chunk: use {' or '.join(_ENCODERS)}")
         self.path = check_output(path, overwrite=overwrite)
-        if self.path.suffix not in _ENCODERS:
-            raise ValueError(f"{self.path} cannot be written chunk by chunk: use {' or '.join(_ENCODERS)}")
         self.fps = fps
         self._stack = contextlib.ExitStack()
         self._encode = self._size = None

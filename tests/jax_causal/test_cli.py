@@ -57,7 +57,7 @@ BAD = {
     "window": ([PROMPT, "--out", "a.mp4", "--window", 2], "use window=3 or more"),
     "sink": ([PROMPT, "--out", "a.mp4", "--sink", 2], "window"),
     "no such folder": ([PROMPT, "--out", "no/a.mp4"], "the folder no does not exist"),
-    "format": ([PROMPT, "--out", "a.avi"], "no known format"),
+    "format": ([PROMPT, "--out", "a.avi"], "use .mp4 or .gif"),
     "whole formats": ([PROMPT, "--out", "a.npy"], "use .mp4 or .gif"),
     "json folder": ([PROMPT, "--out", "a.mp4", "--json", "no/t.json"], "the folder no does not exist"),
     "json is a folder": ([PROMPT, "--out", "a.mp4", "--json", "."], "name a file for --json"),
