@@ -207,30 +207,20 @@ def _kernel(
     def _multiply():
         plgpu.set_max_registers(240, action="increase")
         queries, shown, ready = q_smem.at[me], out_smem.at[me], q_ready.at[me]
+        buffers = (k_smem, k_ready, k_free), (v_smem, v_ready, v_free)
+
+        def first_query(place):
+            return (place.tile + jnp.where(place.shared, plan.whole, 0)) * TILE + me * ROWS
 
         def load_queries(index):
             place = find(index)
             batch, head = lax.div(place.head, N), lax.rem(place.head, N)
-            first = (place.tile + jnp.where(place.shared, plan.whole, 0)) * TILE + me * ROWS
-            plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(first, ROWS), head], queries, ready)
+            rows = pl.ds(first_query(place), ROWS)
+            plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], queries, ready)
 
-        def tile(index, done):
-            _, _, count, valid = walk(index)
-
-            def ahead():
-                pl.when(index + 1 < tiles)(lambda: load_queries(index + 1))
-
-            plgpu.barrier_wait(ready)
+        def attend_to(index, done, count, valid, ahead):
             attended = functools.partial(
-                attention_tile.attend,
-                queries,
-                (k_smem, k_ready, k_free),
-                (v_smem, v_ready, v_free),
-                done,
-                count,
-                valid,
-                no_keys,
-                ahead,
+                attention_tile.attend, queries, *buffers, done, count, valid, no_keys, ahead
             )
             out, lse = pl.run_scoped(attended, plgpu.ACC((ROWS, queries.shape[1]), jnp.float32))
             place = find(index)
@@ -254,6 +244,17 @@ def _kernel(
                     shared_out[place.run, batch, rows, head] = out
                     store(shared_lse.at[place.run, batch, rows, head], lse)
 
+        def tile(index, done):
+            place, _, count, valid = walk(index)
+
+            def ahead():
+                pl.when(index + 1 < tiles)(lambda: load_queries(index + 1))
+
+            plgpu.barrier_wait(ready)
+            # The last queries of a head may leave one of the two warpgroups without any.
+            any_queries = first_query(place) < q_ref.shape[1]
+            pl.when(any_queries)(lambda: attend_to(index, done, count, valid, ahead))
+            pl.when(jnp.logical_not(any_queries))(lambda: attention_tile.skip(*buffers, done, count, ahead))
             return done + count
 
         load_queries(0)

@@ -22,6 +22,18 @@ ROWS = 64  # queries of one warpgroup
 BLOCK_K = 128  # keys of one step
 
 
+def skip(keys, values, done, count, ahead):
+    """A warpgroup over `count` steps of keys for which it has no queries; arguments as of `attend`."""
+    ahead()
+
+    @pl.loop(done, done + count)
+    def _(step):
+        for smem, ready, free in (keys, values):
+            slot = lax.rem(step, smem.shape[0])
+            plgpu.barrier_wait(ready.at[slot])
+            plgpu.barrier_arrive(free.at[slot])
+
+
 def attend(q, keys, values, done, count, valid, no_keys, ahead, out_acc):
     """One warpgroup over `count` steps of keys, `valid` ones of the first step.
 
