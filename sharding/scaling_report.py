@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--project 1: one device is measured; use 0 for no projection, or 2 or more")
     job = Job.create(args, SingleDevice(), "any prompt")
     devices = pick_devices(args.devices)
-    write_json = json_writer(args.json)
+    write_json = json_writer(args.json, replace=True)
     inputs = {name: job.inputs[name] for name in ("num_frames", "height", "width", "seed")}
     scaling = Scaling(
         job.config,
@@ -48,17 +48,7 @@ def run(args: argparse.Namespace) -> None:
     only = None if args.strategy in (None, "auto") else args.strategy
     here = scaling.ways(len(devices), only) if len(devices) > 1 else []
     there = scaling.ways(args.project, only) if args.project not in (0, len(devices)) else []
-
-    measured = []
-    for way in [None, *here]:
-        measured.append(scaling.measure(way, devices) if way else scaling.single())
-        note(_line(measured[-1], measured[0]))
-    link, source = scaling.link(devices)
-    projections = []
-    if args.project:
-        projections = [scaling.project(one.way, link, measured=one) for one in measured[1:]]
-        like = {_kind(projection.way): projection for projection in projections}
-        projections += [scaling.project(way, link, calibration=like.get(_kind(way))) for way in there]
+    measured, projections = [], []
     record = job.facts() | {
         "frames": inputs["num_frames"],
         **job.limits,
@@ -67,15 +57,36 @@ def run(args: argparse.Namespace) -> None:
         "repeats": args.repeats,
         "weights": "random",
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "rows": _rows(measured),
-        "boundaries": {name: BOUNDARIES[name] for name in (*rows, *_profiled(measured))},
+        "how": HOW,
+    }
+
+    def keep(last: bool = False) -> None:
+        """Writes down what is known so far: the rest may take long, or fail."""
+        record["rows"] = _rows(measured)
+        record["boundaries"] = {name: BOUNDARIES[name] for name in (*rows, *_profiled(measured))}
+        record["projection"] = _projected(projections, measured[0])
+        if last or args.json != "-":
+            write_json(record)
+
+    for way in [None, *here]:
+        measured.append(scaling.measure(way, devices) if way else scaling.single())
+        note(_line(measured[-1], measured[0]))
+        keep()
+    link, source = scaling.link(devices)
+    record |= {
         "link": source,
         "link_latency_s": link.latency,
         "link_bandwidth_bytes_per_s": link.bandwidth,
-        "projection": _projected(projections, measured[0]),
-        "how": HOW,
     }
-    write_json(record)
+    if args.project:
+        for one in measured[1:]:
+            projections.append(scaling.project(one.way, link, measured=one))
+            keep()
+        like = {_kind(projection.way): projection for projection in projections}
+        for way in there:
+            projections.append(scaling.project(way, link, calibration=like.get(_kind(way))))
+            keep()
+    keep(last=True)
     if args.json != "-":
         report(*_sections(record, measured, projections, link))
 

@@ -250,6 +250,25 @@ def test_rows_that_are_not_asked_for_are_not_measured(tmp_path, capsys, monkeypa
     assert "first_frame" not in "".join(capsys.readouterr())
 
 
+def test_what_was_measured_stays_where_the_rest_fails(tmp_path, monkeypatch):
+    def rows(scaling, parallel, names):
+        if getattr(parallel, "strategy", None) == "ring":
+            raise RuntimeError("no more memory")
+        return {name: Row(name, 3.0, 2.0, 4.0, "s") for name in names}
+
+    monkeypatch.setattr(Scaling, "_rows", rows)
+    path = tmp_path / "scaling.json"
+    with pytest.raises(RuntimeError, match="no more memory"):
+        command("--scaling", "--devices", 2, "--only", "rollout", "--project", 0, "--json", path)
+    record = json.loads(path.read_text())
+    assert {row["strategy"] for row in record["rows"]} == {
+        "single",
+        "gather",
+        "gather, keys in 8",
+        "gather, no overlap",
+    }
+
+
 def test_one_device_projects_from_the_assumed_link(capsys):
     argv = ("--scaling", "--devices", 1, "--strategy", "hybrid", "--only", "rollout", "--project", 8)
     assert command(*argv, "--json", "-") == 0
