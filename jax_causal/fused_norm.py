@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_causal import hopper_rows
-from jax_causal.hopper_rows import ROW
 
 
 class Modulation(NamedTuple):
@@ -88,38 +87,39 @@ def _add_norm_kernel(gate_row, rows, eps, x, out, gate, norm, time):
     B, F, S, E = x.shape
     added = out is not None
     norm = (norm,) if rows else norm
+    form = hopper_rows.form_of(E)
 
     def kernel(*refs):
         x_ref, time_ref, *norm_refs = refs[: 2 + len(norm)]
         *added_refs, y_ref = refs[2 + len(norm) :]
         frame, tile = lax.axis_index("kernel_frame"), lax.axis_index("kernel_tile")
-        here = (frame, hopper_rows.tile(tile, S))
+        here = (frame, form.tile(tile, S))
 
         def modulation(param, i):
             rows = param.at[i], time_ref.at[frame, i]
-            return sum(hopper_rows.load32(ref, ROW.reduce(0)) for ref in rows)
+            return sum(hopper_rows.load32(ref, form.row.reduce(0)) for ref in rows)
 
-        y = hopper_rows.load32(x_ref.at[here], ROW)
+        y = hopper_rows.load32(x_ref.at[here], form.row)
         if added:
             out_ref, gate_ref, sum_ref = added_refs
-            y = y + hopper_rows.spread(modulation(gate_ref, gate_row), y, 1) * hopper_rows.load32(
-                out_ref.at[here], ROW
+            y = y + form.spread(modulation(gate_ref, gate_row), y, 1) * hopper_rows.load32(
+                out_ref.at[here], form.row
             )
             total = y.astype(x.dtype)
             sum_ref[here] = total
             y = total.astype(jnp.float32)
-        y = y - hopper_rows.spread(jnp.sum(y, axis=1) / E, y, 0)
-        y = y * hopper_rows.spread(lax.rsqrt(jnp.sum(y * y, axis=1) / E + eps), y, 0)
+        y = y - form.spread(jnp.sum(y, axis=1) / E, y, 0)
+        y = y * form.spread(lax.rsqrt(jnp.sum(y * y, axis=1) / E + eps), y, 0)
         if rows is None:
-            scale, shift = (hopper_rows.load32(ref, ROW.reduce(0)) for ref in norm_refs)
+            scale, shift = (hopper_rows.load32(ref, form.row.reduce(0)) for ref in norm_refs)
         else:
             scale, shift = 1 + modulation(*norm_refs, rows.scale), modulation(*norm_refs, rows.shift)
-        y_ref[here] = (y * hopper_rows.spread(scale, y, 1) + hopper_rows.spread(shift, y, 1)).astype(x.dtype)
+        y_ref[here] = (y * form.spread(scale, y, 1) + form.spread(shift, y, 1)).astype(x.dtype)
 
     operands = [x.reshape(B * F, S, E), time.reshape(B * F, 6, E), *norm]
     if added:
         operands += [out.reshape(B * F, S, E), gate]
     out_type = [jax.ShapeDtypeStruct((B * F, S, E), x.dtype)] * (1 + added)
-    grid = {"kernel_frame": B * F, "kernel_tile": hopper_rows.tiles(S)}
+    grid = {"kernel_frame": B * F, "kernel_tile": form.tiles(S)}
     results = hopper_rows.launch(kernel, out_type, grid, "add_norm")(*operands)
     return (results[0].reshape(x.shape) if added else x), results[-1].reshape(x.shape)

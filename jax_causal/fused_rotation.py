@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_causal import hopper_rows, rope
-from jax_causal.hopper_rows import HEADS, TOKENS
+from jax_causal.hopper_rows import NARROW, Form
 
 
 class Peers(NamedTuple):
@@ -45,7 +45,8 @@ class Peers(NamedTuple):
 
     def suit(self, m: int) -> bool:
         """Whether no block of threads holds both tokens and padding."""
-        return self.count * m == self.tokens or m % TOKENS == self.tokens % TOKENS == 0
+        block = NARROW.tokens
+        return self.count * m == self.tokens or m % block == self.tokens % block == 0
 
 
 def can_reach_peers() -> bool:
@@ -172,10 +173,10 @@ def normalise(qkv, scales, eps: float):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _rotate_kernel(eps, peers, waits, qkv, scales, factors, written, numbers):
     B, F, m, _, N, D = qkv.shape
-    travels = _travels(peers)
+    travels, form = _travels(peers), hopper_rows.form_of(N * D)
     refs = [jax.new_ref(x) for x in (written[0][:, 0], written[1][:, 0], *written[2:])]
     # Axes of the mesh are seen inside too: no name may be one of theirs.
-    grid = {"kernel_frame": B * F, "kernel_tile": hopper_rows.tiles(m), "kernel_part": 3}
+    grid = {"kernel_frame": B * F, "kernel_tile": form.tiles(m), "kernel_part": 3}
 
     def kernel(qkv_ref, q_scale_ref, k_scale_ref, factors_ref, slots_ref, *rest):
         layer_ref, keys_ref, values_ref, count_ref, q_ref = (
@@ -184,25 +185,25 @@ def _rotate_kernel(eps, peers, waits, qkv, scales, factors, written, numbers):
         count_ref = count_ref.at[layer_ref[0]] if travels else None
         index, tile, part = (lax.axis_index(name) for name in grid)
         batch, frame = lax.div(index, F), lax.rem(index, F)
-        tokens = hopper_rows.tile(tile, m)
+        tokens = form.tile(tile, m)
         own = qkv_ref.at[index, tokens, part]
-        place = _places(peers, m, count_ref)
+        place = _places(peers, m, form, count_ref)
 
         @pl.when(part < 2)
         def _rotate():
-            x = hopper_rows.load32(own, HEADS)
+            x = hopper_rows.load32(own, form.heads)
             inverse = lax.rsqrt(jnp.sum(jnp.sum(x * x, axis=2), axis=1) / (N * D) + eps)
             q_scale, k_scale = (
-                hopper_rows.load32(ref, HEADS.reduce(0)) for ref in (q_scale_ref, k_scale_ref)
+                hopper_rows.load32(ref, form.heads.reduce(0)) for ref in (q_scale_ref, k_scale_ref)
             )
             of_k = part.astype(jnp.float32)  # 0 or 1; no number chooses between arrays here
             scale = q_scale * (1 - of_k) + k_scale * of_k
-            x = x * hopper_rows.spread(inverse, x, 0) * hopper_rows.spread(scale, x, 1, 2)
+            x = x * form.spread(inverse, x, 0) * form.spread(scale, x, 1, 2)
             cos, sin = (
-                hopper_rows.load32(factors_ref.at[i, frame, tokens], HEADS.reduce(1)) for i in range(2)
+                hopper_rows.load32(factors_ref.at[i, frame, tokens], form.heads.reduce(1)) for i in range(2)
             )
-            turned = hopper_rows.swap_pairs(x) * hopper_rows.spread(sin, x, 0, 2)
-            x = (x * hopper_rows.spread(cos, x, 0, 2) + turned).astype(qkv.dtype)
+            turned = form.swap_pairs(x) * form.spread(sin, x, 0, 2)
+            x = (x * form.spread(cos, x, 0, 2) + turned).astype(qkv.dtype)
 
             @pl.when(part == 0)
             def _query():
@@ -214,7 +215,7 @@ def _rotate_kernel(eps, peers, waits, qkv, scales, factors, written, numbers):
 
         @pl.when(part == 2)
         def _value():
-            place(values_ref, batch, slots_ref[frame], tokens, hopper_rows.load(own, HEADS))
+            place(values_ref, batch, slots_ref[frame], tokens, hopper_rows.load(own, form.heads))
 
         if travels:
             last = [lax.axis_index(name) == size - 1 for name, size in grid.items()]
@@ -246,7 +247,7 @@ def _travels(peers: Peers | None) -> bool:
     return peers is not None and peers.axis is not None and peers.count > 1
 
 
-def _places(peers: Peers | None, m: int, count_ref):
+def _places(peers: Peers | None, m: int, form: Form, count_ref):
     """A function that writes x, `tokens` of this device's m in a slot, where they belong: to the cache `ref` and to
     that of every peer, which counts it. No peer is still reading there."""
     count, whole = (peers.count, peers.tokens) if peers else (1, m)
@@ -254,7 +255,7 @@ def _places(peers: Peers | None, m: int, count_ref):
     def place(ref, batch, slot, tokens, x):
         def at(share, write):
             first = share * m + tokens.start
-            here = batch, pl.ds(slot * whole + first, TOKENS)
+            here = batch, pl.ds(slot * whole + first, form.tokens)
             if count * m == whole:
                 write(here)
             else:

@@ -108,10 +108,10 @@ def machine(monkeypatch):
     def wait_for_count(ref, value):
         machine.awaited[machine.device].append(value)
 
-    def swap_pairs(x):
+    def swap_pairs(form, x):
         return x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
 
-    def spread(x, like, *axes):
+    def spread(form, x, like, *axes):
         return jax.lax.broadcast_in_dim(x, like.shape, axes)
 
     def when(condition):
@@ -119,8 +119,8 @@ def machine(monkeypatch):
 
     monkeypatch.setattr(hopper_rows, "launch", launch)
     monkeypatch.setattr(hopper_rows, "load", lambda ref, layout: jnp.asarray(ref.array))
-    monkeypatch.setattr(hopper_rows, "spread", spread)
-    monkeypatch.setattr(hopper_rows, "swap_pairs", swap_pairs)
+    monkeypatch.setattr(hopper_rows.Form, "spread", spread)
+    monkeypatch.setattr(hopper_rows.Form, "swap_pairs", swap_pairs)
     monkeypatch.setattr(jax.lax, "axis_index", lambda name: jnp.int32(place[name]))
     monkeypatch.setattr(plgpu, "remote_ref", remote, raising=False)
     monkeypatch.setattr(hopper_rows, "count_one", count_one)

@@ -1,6 +1,7 @@
 """The fused kernels between products against what XLA makes of the same: time, bytes a second, error.
 
     PYTHONPATH=. python tests/gpu/norm_trials.py             # on a Hopper GPU, half a minute
+    PYTHONPATH=. python tests/gpu/norm_trials.py --heads 40  # rows as wide as those of 14B
     PYTHONPATH=. python tests/gpu/norm_trials.py --described  # compiles only, for the H200 described in compiled_for.py
 
 Times are those of a call within a program of many calls on more memory than a cache holds, each behind a barrier as
@@ -22,7 +23,12 @@ from jax_causal.fused_norm import Rows
 from jax_causal.transformer_layers import inverse_rms, layer_norm
 from tests.gpu import compiled_for
 
-B, F, S, N, D, ROOM = 1, 3, 1560, 12, 128, 32760
+parser = argparse.ArgumentParser()
+parser.add_argument("--described", action="store_true")
+parser.add_argument("--heads", type=int, default=12)
+args = parser.parse_args()
+
+B, F, S, N, D, ROOM = 1, 3, 1560, args.heads, 128, 32760
 E, EPS = N * D, 1e-6
 ACTIVATION = B * F * S * E * 2  # bytes
 FEW, MANY, REPEATS = 20, 60, 5
@@ -216,9 +222,6 @@ def trial(name, program, step, plain, bytes_moved, arguments, donated, check):
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--described", action="store_true")
-    args = parser.parse_args()
     norms, rotation = shapes()
     jobs = [
         (f"{name}, {how}", norm_program, step, pair[0], count * ACTIVATION, (1,))

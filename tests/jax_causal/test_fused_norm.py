@@ -19,11 +19,11 @@ def _row(param, time, i):
     return (f64(param)[i] + f64(time)[:, :, i])[:, :, None]
 
 
-@pytest.mark.parametrize("tokens", [8, 10])
+@pytest.mark.parametrize(("tokens", "E"), [(8, 512), (10, 512), (3, 3072)])
 @pytest.mark.parametrize("gate", [None, 2, 5])
 @pytest.mark.parametrize("rows", [None, Rows(scale=1, shift=0), Rows(scale=4, shift=3)])
-def test_add_norm(machine, gate, rows, tokens):
-    shape, E = (2, 3, tokens, 512), 512
+def test_add_norm(machine, gate, rows, tokens, E):
+    shape = (2, 3, tokens, E)
     x, out, gates, param, time = random(shape, shape, (6, E), (6, E), (2, 3, 6, E))
     norm = param if rows else tuple(param[:2])
     if gate is None:
@@ -54,19 +54,28 @@ def test_the_plain_form_is_the_same_function(machine):
 
 @pytest.mark.parametrize(
     ("sizes", "able"),
-    [((1560, 12, 128), True), ((1560, 40, 128), False), ((3, 12, 128), False), ((1560, 12, 64), False)],
+    [
+        ((1560, 12, 128), True),
+        ((1560, 40, 128), hopper_rows.LOADS_WIDE),
+        ((1560, 42, 128), False),
+        ((1560, 72, 128), False),
+        ((3, 12, 128), False),
+        ((1, 40, 128), hopper_rows.LOADS_WIDE),
+        ((1560, 12, 64), False),
+    ],
 )
 def test_suits(sizes, able):
     assert hopper_rows.suits(*sizes, jnp.bfloat16) == able
     assert not hopper_rows.suits(*sizes, jnp.float32)
 
 
+@pytest.mark.parametrize("form", hopper_rows.FORMS)
 @pytest.mark.parametrize("tokens", [4, 7, 8, 195])
-def test_blocks_of_threads_cover_all_tokens(tokens):
-    tiles = [hopper_rows.tile(jnp.int32(i), tokens) for i in range(hopper_rows.tiles(tokens))]
+def test_blocks_of_threads_cover_all_tokens(tokens, form):
+    tiles = [form.tile(jnp.int32(i), tokens) for i in range(form.tiles(tokens))]
     covered = [int(tile.start) + i for tile in tiles for i in range(tile.size)]
     assert set(covered) == set(range(tokens))
-    assert len(covered) - tokens < hopper_rows.TOKENS
+    assert len(covered) - tokens < form.tokens
 
 
 def test_chosen_where_attention_is_by_the_hopper_kernel(monkeypatch):
@@ -75,14 +84,16 @@ def test_chosen_where_attention_is_by_the_hopper_kernel(monkeypatch):
     monkeypatch.setattr(attention, "_device", lambda: ("gpu", (9, 0)))
     assert SingleDevice().fuses(*sizes, jnp.bfloat16)
     assert not SingleDevice().fuses(*sizes, jnp.float32)
-    assert not SingleDevice().fuses(1560, 40, 128, jnp.bfloat16)
+    assert SingleDevice().fuses(1560, 40, 128, jnp.bfloat16) == hopper_rows.LOADS_WIDE
+    assert not SingleDevice().fuses(1560, 42, 128, jnp.bfloat16)
     assert not SingleDevice(parts=2).fuses(*sizes, jnp.bfloat16)
     assert not SingleDevice(backend="cudnn").fuses(*sizes, jnp.bfloat16)
     monkeypatch.setattr(attention, "_device", lambda: ("gpu", (10, 0)))
     assert not SingleDevice().fuses(*sizes, jnp.bfloat16)
 
 
-def test_kernels_lower_for_a_gpu():
+@pytest.mark.parametrize("E", [1536, 5120])
+def test_kernels_lower_for_a_gpu(E):
     """One of each kind serves all layers."""
 
     def layers(x, out, param, time):
@@ -92,7 +103,6 @@ def test_kernels_lower_for_a_gpu():
             out = fused_norm.add_norm(x, None, None, param, time, Rows(4, 3), eps=EPS)[1] + i * y
         return x, out
 
-    E = 1536
     x, param, time = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((1, 3, 1560, E), (6, E), (1, 3, 6, E)))
     text = jax.jit(layers).trace(x, x, param, time).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 3

@@ -55,8 +55,9 @@ def _check_cache(new_keys, new_values, keys, values, qkv, expected_keys, slots):
         np.testing.assert_array_equal(f64(new)[:, :, untouched], f64(old)[:, :, untouched])
 
 
-def test_one_device(machine):
-    qkv, scales, table, keys, values, slots = _queries()
+@pytest.mark.parametrize("heads", [4, 24])
+def test_one_device(machine, heads):
+    qkv, scales, table, keys, values, slots = _queries(N=heads)
     q, *held, _ = fused_rotation.rotate_into_cache(qkv, scales, table, keys, values, slots, eps=EPS)
     expected_q, expected_k = _expected(qkv, scales, table)
     assert_rounded(q, expected_q)
@@ -65,13 +66,14 @@ def test_one_device(machine):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "devices", "rows"), [(8, 2, 4), (24, 3, 8), (20, 2, 10), (28, 3, 12), (20, 4, 8)]
+    ("tokens", "devices", "rows", "heads"),
+    [(8, 2, 4, 2), (24, 3, 8, 2), (20, 2, 10, 2), (28, 3, 12, 2), (20, 4, 8, 2), (12, 3, 5, 24)],
 )
-def test_devices_write_to_all_caches(machine, tokens, devices, rows):
+def test_devices_write_to_all_caches(machine, tokens, devices, rows, heads):
     """Even shares, shares that are no multiple of a block of threads, and short and empty ones at the end; as the
     second of three layers, whose counts are in one array."""
     qkv, scales, table, keys, values, slots = _queries(
-        B=1, F=2, S=tokens, N=2, slots=(2, 0), room=3 * tokens + 4
+        B=1, F=2, S=tokens, N=heads, slots=(2, 0), room=3 * tokens + 4
     )
     expected_q, expected_k = _expected(qkv, scales, table)
     counts = jnp.array([5, 0, 0], jnp.int32)
@@ -168,7 +170,11 @@ def test_gradient_goes_around_the_kernel(machine):
         assert relative(a, b) < 2e-2
 
 
-def test_lowers_for_a_gpu():
+wide = pytest.mark.skipif(not hopper_rows.LOADS_WIDE, reason="of jax 0.11 or newer")
+
+
+@pytest.mark.parametrize("heads", [12, pytest.param(40, marks=wide)])
+def test_lowers_for_a_gpu(heads):
     """One kernel serves all layers, and the cache is written in place."""
 
     def layers(qkv, scale, table, keys, values, slots):
@@ -179,9 +185,10 @@ def test_lowers_for_a_gpu():
             qkv = qkv.at[:, :, :, 0].set(q)
         return qkv, keys, values
 
-    E, D = 1536, 128
+    D = 128
     qkv, scale, cache = (
-        jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((1, 3, 1560, 3, 12, D), (E,), (1, 1, 32760, 12, D))
+        jax.ShapeDtypeStruct(s, jnp.bfloat16)
+        for s in ((1, 3, 1560, 3, heads, D), (heads * D,), (1, 1, 32760, heads, D))
     )
     table, slots = (
         jax.ShapeDtypeStruct((2, 3, 1560, D // 2), jnp.float32),
