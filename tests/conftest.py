@@ -7,12 +7,13 @@ import tempfile
 
 import pytest
 
+from tests import quick
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Fewer threads than virtual devices can deadlock CPU collectives; jaxlib sizes its pool by this.
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "16")
-# Tests compile much and compute little: code generation without optimisation is several times faster.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", quick.FLAGS)
 # Parity with fp32 goldens needs true fp32 products wherever the tests run.
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "float32")
 

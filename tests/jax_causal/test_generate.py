@@ -21,6 +21,7 @@ from jax_causal.components import COMPONENTS
 from jax_causal.config import PRESETS, TokenizerConfig
 from jax_causal.timings import Timings
 from jax_causal.video import VideoWriter, read_video
+from tests import quick
 from tests.models import SMALL
 
 PROMPT = "a red ball rolls to the right"
@@ -330,7 +331,8 @@ def _environment(tmp_path):
     root = os.path.dirname(os.path.dirname(cli.__file__))
     unwanted = ("JAX_COMPILATION_CACHE_DIR",)
     environ = {key: value for key, value in os.environ.items() if key not in unwanted}
-    return environ | {"PYTHONPATH": root, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    kept = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "XLA_FLAGS": quick.UNOPTIMIZED}
+    return environ | kept | {"PYTHONPATH": root}
 
 
 def test_a_full_disk(model, monkeypatch, capsys):

@@ -15,6 +15,7 @@ import pytest
 
 from jax_causal import Pipeline, cli
 from sharding import SequenceParallel
+from tests import quick
 from tests.sharding.distributed_worker import PROMPT, SEED, SMALL, STRATEGY
 
 pytestmark = pytest.mark.sp
@@ -35,7 +36,7 @@ def _workers(*argvs):
     """One process for each list of arguments, with four devices; none outlives the block."""
     environ = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"} | {
         "NPROC": "16",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {quick.FLAGS}",
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
     }
