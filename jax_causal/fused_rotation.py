@@ -3,12 +3,7 @@ Hopper, in Pallas (Mosaic GPU).
 
 Where several devices share the tokens of every frame and each holds the whole cache, the kernel writes a device's keys
 and values to the caches of all: they travel by the stores that put them in their place. Nothing is packed, and nothing
-is copied after it has arrived. Every device counts what comes from the others, and its kernel ends when that is all.
-
-Before a device writes to a peer's cache, the peer must no longer read what is written over, and must have set its count
-to zero. The layers of a pass share one array of counts, zero before the first of them, where all devices wait for each
-other. At a later layer there is nothing to wait for: what came from a peer at the layer before says that it has begun
-this pass and ended the last one.
+is copied after it has arrived.
 
 Arithmetic is fp32 from the load to the store, and what is stored is rounded once. The gradient is that of the plain
 form.
@@ -54,30 +49,7 @@ def can_reach_peers() -> bool:
     return jax.__version_info__[:2] == (0, 11)
 
 
-class Arrivals(NamedTuple):
-    """What has come from peers in a pass under way.
-
-    Attributes:
-      counts: pieces at each layer, int32 [L]; zero before the first.
-      layer: the one that is written next. At layer 0 devices wait for each other.
-    """
-
-    counts: jax.Array
-    layer: int
-
-
-def rotate_into_cache(
-    qkv,
-    scales,
-    table,
-    keys,
-    values,
-    slots,
-    *,
-    eps: float,
-    peers: Peers | None = None,
-    arrivals: Arrivals | None = None,
-):
+def rotate_into_cache(qkv, scales, table, keys, values, slots, *, eps: float, peers: Peers | None = None):
     """Queries and keys normalised over all heads jointly and rotated, these and the values written to the cache.
 
     Args:
@@ -90,18 +62,11 @@ def rotate_into_cache(
       eps: of the norms.
       peers: who writes to the cache beside this device, and whose caches it writes to; they must `suit` m. Without, S
         is m.
-      arrivals: of the pass, where all layers before this one wrote to the caches of the same peers. Without, this
-        layer is the first.
 
     Returns:
-      Rotated queries [B, F, m, N, D], keys and values of the cache, and the counts of `arrivals`.
+      Rotated queries [B, F, m, N, D], keys and values of the cache.
     """
-    counts, layer = arrivals or Arrivals(jnp.zeros(1, jnp.int32), 0)
-    factors = _factors(table)
-    if _travels(peers):
-        numbers = slots, jnp.full(1, layer, jnp.int32)
-        return _rotate(eps, peers, layer == 0, qkv, scales, factors, (keys, values, counts), numbers)
-    return *_rotate(eps, peers, True, qkv, scales, factors, (keys, values), (slots,)), counts
+    return _rotate(eps, peers, qkv, scales, _factors(table), keys, values, slots)
 
 
 def _factors(table):
@@ -112,31 +77,30 @@ def _factors(table):
     return both.reshape(*table.shape[:-1], -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _rotate(eps, peers, waits, qkv, scales, factors, written, numbers):
-    return _rotate_kernel(eps, peers, waits, qkv, scales, factors, written, numbers)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _rotate(eps, peers, qkv, scales, factors, keys, values, slots):
+    return _rotate_kernel(eps, peers, qkv, scales, factors, keys, values, slots)
 
 
-def _rotate_fwd(eps, peers, waits, qkv, scales, factors, written, numbers):
-    results = _rotate(eps, peers, waits, qkv, scales, factors, written, numbers)
-    return results, (qkv, scales, factors, numbers)
+def _rotate_fwd(eps, peers, qkv, scales, factors, keys, values, slots):
+    results = _rotate(eps, peers, qkv, scales, factors, keys, values, slots)
+    return results, (qkv, scales, factors, slots)
 
 
-def _rotate_bwd(eps, peers, waits, inputs, cotangents):
+def _rotate_bwd(eps, peers, inputs, cotangents):
     """What the cache held before does not matter, only where it is replaced: it need not be kept."""
-    qkv, scales, factors, numbers = inputs
-    caches = [jnp.zeros_like(x) for x in cotangents[1:3]]
-    plain = functools.partial(plain_rotate, eps, peers, slots=numbers[0])
+    qkv, scales, factors, slots = inputs
+    caches = [jnp.zeros_like(x) for x in cotangents[1:]]
+    plain = functools.partial(plain_rotate, eps, peers, slots=slots)
     _, pullback = jax.vjp(plain, qkv, scales, factors, *caches)
-    *of, keys, values = pullback(tuple(cotangents[:3]))
-    return *of, (keys, values, *[None] * len(cotangents[3:])), None
+    return *pullback(cotangents), None
 
 
 _rotate.defvjp(_rotate_fwd, _rotate_bwd)
 
 
 def plain_rotate(eps, peers, qkv, scales, factors, keys, values, slots):
-    """`rotate_into_cache` without a kernel, and without counts."""
+    """`rotate_into_cache` without a kernel."""
     F = qkv.shape[1]
     q, k, v = normalise(qkv, scales, eps)
     table = jnp.stack([factors[0, ..., ::2], factors[1, ..., 1::2]])
@@ -169,24 +133,21 @@ def normalise(qkv, scales, eps: float):
 
 
 # Compiled by itself, so that the layers of a model share their kernel.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _rotate_kernel(eps, peers, waits, qkv, scales, factors, written, numbers):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _rotate_kernel(eps, peers, qkv, scales, factors, keys, values, slots):
     B, F, m, _, N, D = qkv.shape
-    travels = _travels(peers)
-    refs = [jax.new_ref(x) for x in (written[0][:, 0], written[1][:, 0], *written[2:])]
+    keys_ref, values_ref = (jax.new_ref(x[:, 0]) for x in (keys, values))
     # Axes of the mesh are seen inside too: no name may be one of theirs.
     grid = {"kernel_frame": B * F, "kernel_tile": hopper_rows.tiles(m), "kernel_part": 3}
 
-    def kernel(qkv_ref, q_scale_ref, k_scale_ref, factors_ref, slots_ref, *rest):
-        layer_ref, keys_ref, values_ref, count_ref, q_ref = (
-            rest if travels else (None, *rest[:2], None, rest[2])
-        )
-        count_ref = count_ref.at[layer_ref[0]] if travels else None
+    def kernel(qkv_ref, q_scale_ref, k_scale_ref, factors_ref, slots_ref, keys_ref, values_ref, q_ref):
         index, tile, part = (lax.axis_index(name) for name in grid)
         batch, frame = lax.div(index, F), lax.rem(index, F)
         tokens = hopper_rows.tile(tile, m)
         own = qkv_ref.at[index, tokens, part]
-        place = _places(peers, m, count_ref)
+        # Counts the pieces that others have written to this device's cache.
+        arrived = pl.get_global(plgpu.SemaphoreType.REGULAR) if _travels(peers) else None
+        place = _places(peers, m, arrived)
 
         @pl.when(part < 2)
         def _rotate():
@@ -216,39 +177,36 @@ def _rotate_kernel(eps, peers, waits, qkv, scales, factors, written, numbers):
         def _value():
             place(values_ref, batch, slots_ref[frame], tokens, hopper_rows.load(own, HEADS))
 
-        if travels:
+        if _travels(peers):
             last = [lax.axis_index(name) == size - 1 for name, size in grid.items()]
 
             # The kernel ends when all that the others write to this device's cache is there.
             @pl.when(last[0] & last[1] & (part == 0))
             def _wait():
-                pieces = 2 * grid["kernel_frame"] * grid["kernel_tile"]
-                hopper_rows.wait_for_count(count_ref, pieces * (peers.count - 1))
+                arrivals = 2 * grid["kernel_frame"] * grid["kernel_tile"] * (peers.count - 1)
+                pl.semaphore_wait(arrived, arrivals, decrement=False)
 
+    out_type = jax.ShapeDtypeStruct((B * F, m, N, D), qkv.dtype)
     q = hopper_rows.launch(
-        kernel,
-        jax.ShapeDtypeStruct((B * F, m, N, D), qkv.dtype),
-        grid,
-        "rotate_into_caches" if peers and peers.count > 1 else "rotate_into_cache",
-        waits=waits,
+        kernel, out_type, grid, "rotate_into_caches" if peers and peers.count > 1 else "rotate_into_cache"
     )(
         qkv.reshape(B * F, m, 3, N, D),
         *(x.reshape(N, D) for x in scales),
         factors,
-        *numbers,
-        *refs,
+        slots,
+        keys_ref,
+        values_ref,
     )
-    keys, values, *counts = (jax.freeze(ref) for ref in refs)
-    return q.reshape(B, F, m, N, D), keys[:, None], values[:, None], *counts
+    return q.reshape(B, F, m, N, D), *(jax.freeze(ref)[:, None] for ref in (keys_ref, values_ref))
 
 
 def _travels(peers: Peers | None) -> bool:
     return peers is not None and peers.axis is not None and peers.count > 1
 
 
-def _places(peers: Peers | None, m: int, count_ref):
+def _places(peers: Peers | None, m: int, arrived):
     """A function that writes x, `tokens` of this device's m in a slot, where they belong: to the cache `ref` and to
-    that of every peer, which counts it. No peer is still reading there."""
+    that of every peer. No peer is still reading there: devices wait for each other before such a kernel begins."""
     count, whole = (peers.count, peers.tokens) if peers else (1, m)
 
     def place(ref, batch, slot, tokens, x):
@@ -274,6 +232,6 @@ def _places(peers: Peers | None, m: int, count_ref):
 
         at(me, everywhere)
         for other in others:
-            hopper_rows.count_one(plgpu.remote_ref(count_ref, other))
+            pl.semaphore_signal(arrived, device_id=other)
 
     return place

@@ -257,26 +257,20 @@ class Sharded:
             q, k, v = fused_rotation.normalise(qkv, scales, eps)
             return self.attend_cached(q, k, v, table, cache, layer, placement, layout)
 
-        unrolled = isinstance(cache.k, tuple)
-        layers, number = (len(cache.k), layer) if unrolled else (1, 0)
+        def body(qkv, scales, table, keys, values, slots, held):
+            q, *held_here = fused_rotation.rotate_into_cache(
+                qkv, scales, table, keys, values, slots, eps=eps, peers=peers
+            )
+            return causal_rope_sp.attend_held(
+                q, *held_here, layout.part_length(held), self.backend
+            ), *held_here
 
-        def body(qkv, scales, table, keys, values, arrived, slots, held):
-            q, *held_here, arrived = fused_rotation.rotate_into_cache(
-                qkv, scales, table, keys, values, slots, eps=eps, peers=peers,
-                arrivals=fused_rotation.Arrivals(arrived, number),
-            )  # fmt: skip
-            out = causal_rope_sp.attend_held(q, *held_here, layout.part_length(held), self.backend)
-            return out, *held_here, arrived
-
-        tokens, cached, counts = self._spec(QKV), self._spec(self._cache_names[1:]), P(self.mesh.axis_names)
-        in_specs = (self._spec((*QKV, None)), P(), self._spec(TABLE), cached, cached, counts, P(), P())
-        run = self._shard_map(body, in_specs, (tokens, cached, cached, counts), check_vma=False)
+        tokens, cached = self._spec(QKV), self._spec(self._cache_names[1:])
+        in_specs = (self._spec((*QKV, None)), P(), self._spec(TABLE), cached, cached, P(), P())
+        run = self._shard_map(body, in_specs, (tokens, cached, cached), check_vma=False)
         slots, held = jnp.asarray(placement.slots), jnp.asarray(placement.held)
-        arrived = jnp.zeros(self.mesh.size * layers, jnp.int32) if cache.arrived is None else cache.arrived
-        out, *both, arrived = run(qkv, scales, table, *cache.read(layer), arrived, slots, held)
-        cache = cache.replace_layer(layer, *both)
-        # The last layer leaves a cache like the one that the first was given.
-        return out, cache if number == layers - 1 else dataclasses.replace(cache, arrived=arrived)
+        out, *both = run(qkv, scales, table, *cache.read(layer), slots, held)
+        return out, cache.replace_layer(layer, *both)
 
     def _peers(self, tokens):
         """The devices whose caches a kernel writes to; None where `gather` is not by such a kernel."""

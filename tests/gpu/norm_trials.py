@@ -109,7 +109,7 @@ def rotate_fused(vectors, qkv, keys, values, slots):
     qkv = qkv.reshape(B, F, S, 3, N, D)
     return fused_rotation.rotate_into_cache(
         qkv, vectors["scales"], vectors["table"], keys, values, slots, eps=EPS
-    )[:3]
+    )
 
 
 # name: the two, and the activations that are read and written by the kernels

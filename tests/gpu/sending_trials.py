@@ -90,10 +90,7 @@ def run(case: str) -> int:
         return lax.all_to_all(traded[0] + traded[1] * traded[2], HEADS, 2, 3, tiled=True), keys, values
 
     peers = Peers(2, S, SEQ)
-
-    def kernel(*arguments):
-        return fused_rotation.rotate_into_cache(*arguments, eps=EPS, peers=peers)[:3]
-
+    kernel = functools.partial(fused_rotation.rotate_into_cache, eps=EPS, peers=peers)
     layer = trade if trades else kernel if case == "kernel" else gather
 
     def chain(layer, qkv, scales, table, keys, values, slots):
