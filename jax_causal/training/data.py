@@ -27,14 +27,15 @@ class Prompts(NamedTuple):
 
     Attributes:
       ids: int32 [N, V, L], padded with `pad_id`.
-      labels: int32 [N, V, 6], in the order of `LABELS`; `UNNAMED` where the caption says nothing.
+      labels: int32 [N, V, labels], in the order of `LABELS`; `UNNAMED` where the caption says nothing.
     """
 
     ids: jax.Array
     labels: jax.Array
 
 
-# What a label is about, and how many values it takes.
+# What a label is about, and how many values it takes. The last ones, the shape of whatever has a color, cannot be read
+# from words one by one: of two objects it takes a word that knows its neighbour.
 LABELS = {
     "motion": len(world.MOTIONS),
     "background": len(world.BACKGROUNDS),
@@ -42,6 +43,7 @@ LABELS = {
     "shape": len(world.SHAPES),
     "second color": len(world.COLORS),
     "second shape": len(world.SHAPES),
+    **{f"shape of what is {color}": len(world.SHAPES) for color in world.COLORS},
 }
 
 
@@ -162,4 +164,5 @@ def _labels(attributes: world.Attributes, text: str) -> list[int]:
             if thing
             else [UNNAMED, UNNAMED]
         )
-    return row
+    shapes = {thing.color: world.SHAPES.index(thing.shape) for thing in attributes.objects}
+    return row + [shapes.get(color, UNNAMED) for color in world.COLORS]

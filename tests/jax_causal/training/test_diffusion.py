@@ -178,6 +178,10 @@ def test_labels_are_what_captions_name():
             background, things = read_caption(text)
             assert things == [(thing.color, thing.shape) for thing in scene.objects], text
             motion, label, *rest = prompts.labels[i, wording]
+            rest, shapes = rest[:4], rest[4:]
+            assert {
+                c: world.SHAPES[s] for c, s in zip(world.COLORS, shapes, strict=True) if s != data.UNNAMED
+            } == (dict(things)), text
             assert world.MOTIONS[motion] == scene.motion
             if background is None:
                 assert label == data.UNNAMED, text
@@ -206,7 +210,7 @@ def test_probe_loss():
         for one, label in zip(logits, labels[row], strict=True):
             if label != data.UNNAMED:
                 losses.append(np.log(np.exp(one).sum()) - one[label])
-    assert len(losses) == 7
+    assert len(losses) == 1 + len(sizes)
     np.testing.assert_allclose(diffusion.probe_loss(context, labels, probe), np.mean(losses), rtol=1e-5)
     assert diffusion.probe_loss(context, np.full_like(labels, data.UNNAMED), probe) == 0
 
