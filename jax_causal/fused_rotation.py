@@ -3,7 +3,8 @@ Hopper, in Pallas (Mosaic GPU).
 
 Where several devices share the tokens of every frame and each holds the whole cache, the kernel writes a device's keys
 and values to the caches of all: they travel by the stores that put them in their place. Nothing is packed, and nothing
-is copied after it has arrived.
+is copied after it has arrived. Values can also travel before, while queries and keys are still multiplied; the kernel
+then takes what has arrived to its place, while the keys' stores wait for the link.
 
 Arithmetic is fp32 from the load to the store, and what is stored is rounded once. The gradient is that of the plain
 form.
@@ -49,11 +50,14 @@ def can_reach_peers() -> bool:
     return jax.__version_info__[:2] == (0, 11)
 
 
-def rotate_into_cache(qkv, scales, table, keys, values, slots, *, eps: float, peers: Peers | None = None):
+def rotate_into_cache(
+    qk, v, scales, table, keys, values, slots, *, eps: float, peers: Peers | None = None, received=None
+):
     """Queries and keys normalised over all heads jointly and rotated, these and the values written to the cache.
 
     Args:
-      qkv: [B, F, m, 3, N, D] bfloat16, products of the three projections; see `hopper_rows.suits`.
+      qk: [B, F, m, 2, N, D] bfloat16, products of the projections of queries and keys; see `hopper_rows.suits`.
+      v: [B, F, m, N, D], values.
       scales: of the two norms, [E] each.
       table: rotary factors [2, F, m, D/2].
       keys, values: one layer of the cache, [B, 1, K, N, D]. Donate them, or let the caller's `jax.jit`: they are
@@ -62,11 +66,13 @@ def rotate_into_cache(qkv, scales, table, keys, values, slots, *, eps: float, pe
       eps: of the norms.
       peers: who writes to the cache beside this device, and whose caches it writes to; they must `suit` m. Without, S
         is m.
+      received: `v` of the peer, where there is one and its values have travelled already. Without, they travel by the
+        kernel.
 
     Returns:
       Rotated queries [B, F, m, N, D], keys and values of the cache.
     """
-    return _rotate(eps, peers, qkv, scales, _factors(table), keys, values, slots)
+    return _rotate(eps, peers, (qk, v, received), scales, _factors(table), keys, values, slots)
 
 
 def _factors(table):
@@ -78,31 +84,32 @@ def _factors(table):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _rotate(eps, peers, qkv, scales, factors, keys, values, slots):
-    return _rotate_kernel(eps, peers, qkv, scales, factors, keys, values, slots)
+def _rotate(eps, peers, products, scales, factors, keys, values, slots):
+    return _rotate_kernel(eps, peers, products, scales, factors, keys, values, slots)
 
 
-def _rotate_fwd(eps, peers, qkv, scales, factors, keys, values, slots):
-    results = _rotate(eps, peers, qkv, scales, factors, keys, values, slots)
-    return results, (qkv, scales, factors, slots)
+def _rotate_fwd(eps, peers, products, scales, factors, keys, values, slots):
+    results = _rotate(eps, peers, products, scales, factors, keys, values, slots)
+    return results, (products, scales, factors, slots)
 
 
 def _rotate_bwd(eps, peers, inputs, cotangents):
     """What the cache held before does not matter, only where it is replaced: it need not be kept."""
-    qkv, scales, factors, slots = inputs
+    products, scales, factors, slots = inputs
     caches = [jnp.zeros_like(x) for x in cotangents[1:]]
     plain = functools.partial(plain_rotate, eps, peers, slots=slots)
-    _, pullback = jax.vjp(plain, qkv, scales, factors, *caches)
+    _, pullback = jax.vjp(plain, products, scales, factors, *caches)
     return *pullback(cotangents), None
 
 
 _rotate.defvjp(_rotate_fwd, _rotate_bwd)
 
 
-def plain_rotate(eps, peers, qkv, scales, factors, keys, values, slots):
-    """`rotate_into_cache` without a kernel."""
-    F = qkv.shape[1]
-    q, k, v = normalise(qkv, scales, eps)
+def plain_rotate(eps, peers, products, scales, factors, keys, values, slots):
+    """`rotate_into_cache` without a kernel; values are gathered, whatever has been received."""
+    qk, v, _ = products
+    F = qk.shape[1]
+    q, k = normalise(qk, scales, eps)
     table = jnp.stack([factors[0, ..., ::2], factors[1, ..., 1::2]])
     q, k = rope.rotate(q, table), rope.rotate(k, table)
     if peers and peers.axis:
@@ -118,40 +125,40 @@ def plain_rotate(eps, peers, qkv, scales, factors, keys, values, slots):
     return q, keys, values
 
 
-def normalise(qkv, scales, eps: float):
-    """Queries and keys of qkv [..., 3, N, D] normalised over all heads jointly, to be rotated, and the values."""
-    products = qkv[..., :2, :, :].astype(jnp.float32)
-    inverse = lax.rsqrt(jnp.mean(jnp.square(products), (-2, -1), keepdims=True) + eps)
+def normalise(qk, scales, eps: float):
+    """Queries and keys of qk [..., 2, N, D] normalised over all heads jointly, to be rotated."""
+    inverse = lax.rsqrt(jnp.mean(jnp.square(qk.astype(jnp.float32)), (-2, -1), keepdims=True) + eps)
     # As in `transformer_layers.Attention`: so that one kernel norms and rotates.
     inverse = lax.optimization_barrier(jnp.unstack(inverse, axis=-3))
-    *both, v = jnp.unstack(qkv, axis=-3)
-    q, k = (
+    return [
         (x.astype(jnp.float32) * i).astype(x.dtype) * scale.reshape(x.shape[-2:])
-        for x, i, scale in zip(both, inverse, scales, strict=True)
-    )
-    return q, k, v
+        for x, i, scale in zip(jnp.unstack(qk, axis=-3), inverse, scales, strict=True)
+    ]
 
 
 # Compiled by itself, so that the layers of a model share their kernel.
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _rotate_kernel(eps, peers, qkv, scales, factors, keys, values, slots):
-    B, F, m, _, N, D = qkv.shape
+def _rotate_kernel(eps, peers, products, scales, factors, keys, values, slots):
+    qk, v, received = products
+    B, F, m, N, D = v.shape
+    travels, ahead = _travels(peers), received is not None
     keys_ref, values_ref = (jax.new_ref(x[:, 0]) for x in (keys, values))
     # Axes of the mesh are seen inside too: no name may be one of theirs.
-    grid = {"kernel_frame": B * F, "kernel_tile": hopper_rows.tiles(m), "kernel_part": 3}
+    grid = {"kernel_frame": B * F, "kernel_tile": hopper_rows.tiles(m), "kernel_part": 4 if ahead else 3}
 
-    def kernel(qkv_ref, q_scale_ref, k_scale_ref, factors_ref, slots_ref, keys_ref, values_ref, q_ref):
+    def kernel(qk_ref, v_ref, *rest):
+        received_ref, rest = (rest[0], rest[1:]) if ahead else (None, rest)
+        q_scale_ref, k_scale_ref, factors_ref, slots_ref, keys_ref, values_ref, q_ref = rest
         index, tile, part = (lax.axis_index(name) for name in grid)
         batch, frame = lax.div(index, F), lax.rem(index, F)
         tokens = hopper_rows.tile(tile, m)
-        own = qkv_ref.at[index, tokens, part]
         # Counts the pieces that others have written to this device's cache.
-        arrived = pl.get_global(plgpu.SemaphoreType.REGULAR) if _travels(peers) else None
-        place = _places(peers, m, arrived)
+        arrived = pl.get_global(plgpu.SemaphoreType.REGULAR) if travels else None
+        place = _Places(peers, m, batch, slots_ref[frame], tokens)
 
         @pl.when(part < 2)
         def _rotate():
-            x = hopper_rows.load32(own, HEADS)
+            x = hopper_rows.load32(qk_ref.at[index, tokens, part], HEADS)
             inverse = lax.rsqrt(jnp.sum(jnp.sum(x * x, axis=2), axis=1) / (N * D) + eps)
             q_scale, k_scale = (
                 hopper_rows.load32(ref, HEADS.reduce(0)) for ref in (q_scale_ref, k_scale_ref)
@@ -163,7 +170,7 @@ def _rotate_kernel(eps, peers, qkv, scales, factors, keys, values, slots):
                 hopper_rows.load32(factors_ref.at[i, frame, tokens], HEADS.reduce(1)) for i in range(2)
             )
             turned = hopper_rows.swap_pairs(x) * hopper_rows.spread(sin, x, 0, 2)
-            x = (x * hopper_rows.spread(cos, x, 0, 2) + turned).astype(qkv.dtype)
+            x = (x * hopper_rows.spread(cos, x, 0, 2) + turned).astype(v.dtype)
 
             @pl.when(part == 0)
             def _query():
@@ -171,26 +178,40 @@ def _rotate_kernel(eps, peers, qkv, scales, factors, keys, values, slots):
 
             @pl.when(part == 1)
             def _key():
-                place(keys_ref, batch, slots_ref[frame], tokens, x)
+                place.everywhere(keys_ref, x, arrived)
 
         @pl.when(part == 2)
         def _value():
-            place(values_ref, batch, slots_ref[frame], tokens, hopper_rows.load(own, HEADS))
+            x = hopper_rows.load(v_ref.at[index, tokens], HEADS)
+            if ahead:
+                place.here(values_ref, x, lax.axis_index(peers.axis))
+            else:
+                place.everywhere(values_ref, x, arrived)
 
-        if _travels(peers):
+        if ahead:
+
+            @pl.when(part == 3)
+            def _received():
+                x = hopper_rows.load(received_ref.at[index, tokens], HEADS)
+                place.here(values_ref, x, 1 - lax.axis_index(peers.axis))
+
+        if travels:
             last = [lax.axis_index(name) == size - 1 for name, size in grid.items()]
 
             # The kernel ends when all that the others write to this device's cache is there.
             @pl.when(last[0] & last[1] & (part == 0))
             def _wait():
-                arrivals = 2 * grid["kernel_frame"] * grid["kernel_tile"] * (peers.count - 1)
-                pl.semaphore_wait(arrived, arrivals, decrement=False)
+                pieces = (1 if ahead else 2) * grid["kernel_frame"] * grid["kernel_tile"]
+                pl.semaphore_wait(arrived, pieces * (peers.count - 1), decrement=False)
 
-    out_type = jax.ShapeDtypeStruct((B * F, m, N, D), qkv.dtype)
     q = hopper_rows.launch(
-        kernel, out_type, grid, "rotate_into_caches" if peers and peers.count > 1 else "rotate_into_cache"
+        kernel,
+        jax.ShapeDtypeStruct((B * F, m, N, D), v.dtype),
+        grid,
+        "rotate_into_caches" if peers and peers.count > 1 else "rotate_into_cache",
     )(
-        qkv.reshape(B * F, m, 3, N, D),
+        qk.reshape(B * F, m, 2, N, D),
+        *(x.reshape(B * F, m, N, D) for x in (v, received) if x is not None),
         *(x.reshape(N, D) for x in scales),
         factors,
         slots,
@@ -204,34 +225,43 @@ def _travels(peers: Peers | None) -> bool:
     return peers is not None and peers.axis is not None and peers.count > 1
 
 
-def _places(peers: Peers | None, m: int, arrived):
-    """A function that writes x, `tokens` of this device's m in a slot, where they belong: to the cache `ref` and to
-    that of every peer. No peer is still reading there: devices wait for each other before such a kernel begins."""
-    count, whole = (peers.count, peers.tokens) if peers else (1, m)
+class _Places:
+    """Where x, `tokens` of a device's m of a slot, belongs in caches that hold the tokens of all devices. No peer is
+    still reading there: devices wait for each other before such a kernel begins."""
 
-    def place(ref, batch, slot, tokens, x):
-        def at(share, write):
-            first = share * m + tokens.start
-            here = batch, pl.ds(slot * whole + first, TOKENS)
-            if count * m == whole:
-                write(here)
-            else:
-                pl.when(first < whole)(lambda: write(here))  # padding has no place
+    def __init__(self, peers: Peers | None, m: int, batch, slot, tokens):
+        self.peers, self.m, self.batch, self.tokens = peers, m, batch, tokens
+        self.count, self.whole = (peers.count, peers.tokens) if peers else (1, m)
+        self.start = slot * self.whole
 
-        if not _travels(peers):
-            for share in range(count):
-                at(share, lambda here: ref.__setitem__(here, x))
+    def _at(self, share, write):
+        """Calls `write` with the place of what is of the device with this number."""
+        first = share * self.m + self.tokens.start
+        here = self.batch, pl.ds(self.start + first, TOKENS)
+        if self.count * self.m == self.whole:
+            write(here)
+        else:
+            pl.when(first < self.whole)(lambda: write(here))  # padding has no place
+
+    def here(self, ref, x, share):
+        """Writes x of the device `share` to this device's cache `ref`."""
+        self._at(share, lambda here: ref.__setitem__(here, x))
+
+    def everywhere(self, ref, x, arrived):
+        """Writes this device's x to its cache `ref` and to that of every peer, and counts it in `arrived` there."""
+        if not _travels(self.peers):
+            for share in range(self.count):
+                self.here(ref, x, share)
             return
-        me = lax.axis_index(peers.axis)
-        others = [{peers.axis: lax.rem(me + step, count)} for step in range(1, count)]
+        axis = self.peers.axis
+        me = lax.axis_index(axis)
+        others = [{axis: lax.rem(me + step, self.count)} for step in range(1, self.count)]
 
-        def everywhere(here):
+        def write(here):
             for other in others:
                 plgpu.remote_ref(ref, other)[here] = x
             ref[here] = x
 
-        at(me, everywhere)
+        self._at(me, write)
         for other in others:
             pl.semaphore_signal(arrived, device_id=other)
-
-    return place

@@ -76,7 +76,8 @@ class Parallel(Protocol):
 
     def attend_product(
         self,
-        qkv,
+        qk,
+        v,
         scales,
         table,
         cache: KVCache,
@@ -165,11 +166,11 @@ class SingleDevice:
 
         return fused_norm.add_norm(x, out, gate, norm, time, rows, eps=eps)
 
-    def attend_product(self, qkv, scales, table, cache, layer, placement, layout, eps):
+    def attend_product(self, qk, v, scales, table, cache, layer, placement, layout, eps):
         from jax_causal import fused_rotation
 
         q, *held = fused_rotation.rotate_into_cache(
-            qkv, scales, table, *cache.read(layer), placement.slots, eps=eps
+            qk, v, scales, table, *cache.read(layer), placement.slots, eps=eps
         )
         cache = cache.replace_layer(layer, *held)
         return self._attend_to(cache, layer, q, placement, layout), cache

@@ -117,11 +117,15 @@ class CausalDiT(nnx.Module):
         if isinstance(self.blocks, nnx.List) and not self.remat and parallel.fuses(*sizes):
 
             def attend_product(projections, y, layer, cache):
-                qkv = parallel.constrain(projections.qkv(y), ACTIVATION)
-                qkv = qkv.reshape(*y.shape[:-1], 3, config.num_heads, -1)
+                # Values first: they may travel while queries and keys are multiplied. Without the barrier XLA would
+                # make one product of the two.
+                v, y = jax.lax.optimization_barrier((projections.v(y), y))
+                qk, v = (parallel.constrain(x, ACTIVATION) for x in (projections.qk(y), v))
+                qk = qk.reshape(*y.shape[:-1], 2, config.num_heads, -1)
+                v = v.reshape(*y.shape[:-1], config.num_heads, -1)
                 scales = projections.norm_q.scale[...], projections.norm_k.scale[...]
                 return parallel.attend_product(
-                    qkv, scales, table, cache, layer, placement, layout, config.eps
+                    qk, v, scales, table, cache, layer, placement, layout, config.eps
                 )
 
             x, e, cache = self._run_fused(x, t, text, attend_product, cache, parallel)
@@ -287,7 +291,7 @@ def abstract(config: TransformerConfig, dtype=jnp.float32) -> dict:
 
 
 def unroll(params: dict, *, consume: bool = False) -> dict:
-    """Stacked parameters with the blocks cut into per-layer arrays, and q, k and v of self-attention joined.
+    """Stacked parameters with the blocks cut into per-layer arrays, and q and k of self-attention joined.
 
     With `consume` every stacked array is deleted once it is cut, so that a device never holds all of them twice.
     """
@@ -300,9 +304,9 @@ def unroll(params: dict, *, consume: bool = False) -> dict:
         return layers
 
     own = dict(params["blocks"]["self_attn"])
-    joined = jax.tree.map(lambda *x: x, *(own.pop(name) for name in "qkv"))
+    joined = jax.tree.map(lambda *x: x, *(own.pop(name) for name in "qk"))
     rest = jax.tree.map(lambda x: (x,), params["blocks"] | {"self_attn": own})
-    blocks = rest | {"self_attn": rest["self_attn"] | {"qkv": joined}}
+    blocks = rest | {"self_attn": rest["self_attn"] | {"qk": joined}}
     leaves, structure = jax.tree.flatten(blocks, is_leaf=lambda x: isinstance(x, tuple))
     layers = zip(*map(cut, leaves), strict=True)
     return params | {"blocks": {i: structure.unflatten(layer) for i, layer in enumerate(layers)}}

@@ -57,15 +57,15 @@ class AffineLayerNorm(nnx.Module):
 
 class Attention(nnx.Module):
     """Projections of one attention layer. Queries and keys are normalised over all heads jointly. `merged` is one
-    weight for q, k and v."""
+    weight for q and k."""
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, *, merged: bool = False):
         dim = config.dim
         if merged:
-            self.qkv = nnx.Linear(dim, 3 * dim, rngs=rngs)
+            self.qk = nnx.Linear(dim, 2 * dim, rngs=rngs)
         else:
-            self.q, self.k, self.v = (nnx.Linear(dim, dim, rngs=rngs) for _ in "qkv")
-        self.o = nnx.Linear(dim, dim, rngs=rngs)
+            self.q, self.k = (nnx.Linear(dim, dim, rngs=rngs) for _ in "qk")
+        self.v, self.o = (nnx.Linear(dim, dim, rngs=rngs) for _ in "vo")
         self.norm_q, self.norm_k = (RMSNorm(dim, config.eps) for _ in "qk")
         self.num_heads, self.eps, self.merged = config.num_heads, config.eps, merged
 
@@ -82,12 +82,13 @@ class Attention(nnx.Module):
 
     def query_key_value(self, x):
         """[..., E] -> three of [..., N, D], whose first two are going to be rotated."""
+        v = self.v(x)
         if self.merged:
-            qkv = self.qkv(x).reshape(*x.shape[:-1], 3, -1)
-            inverse = jnp.unstack(inverse_rms(qkv[..., :2, :], self.eps), axis=-2)
-            q, k, v = jnp.unstack(qkv, axis=-2)
+            qk = self.qk(x).reshape(*x.shape[:-1], 2, -1)
+            inverse = jnp.unstack(inverse_rms(qk, self.eps), axis=-2)
+            q, k = jnp.unstack(qk, axis=-2)
         else:
-            q, k, v = self.q(x), self.k(x), self.v(x)
+            q, k = self.q(x), self.k(x)
             inverse = inverse_rms(q, self.eps), inverse_rms(k, self.eps)
         # The barrier keeps the statistic's kernel from taking the whole norm: on a GPU what follows it then becomes
         # one kernel with the rotation.

@@ -250,26 +250,28 @@ class Sharded:
         run = self._shard_map(body, in_specs, (tokens, tokens), check_vma=False)
         return run(x, out, param, norm, time)
 
-    def attend_product(self, qkv, scales, table, cache, layer, placement, layout, eps):
+    def attend_product(self, qk, v, scales, table, cache, layer, placement, layout, eps):
         from jax_causal import fused_rotation
 
         if (peers := self._peers(layout.tokens)) is None:
-            q, k, v = fused_rotation.normalise(qkv, scales, eps)
+            q, k = fused_rotation.normalise(qk, scales, eps)
             return self.attend_cached(q, k, v, table, cache, layer, placement, layout)
+        ahead = peers.axis is not None and peers.count == 2
 
-        def body(qkv, scales, table, keys, values, slots, held):
+        def body(qk, v, scales, table, keys, values, slots, held):
+            received = jax.lax.ppermute(v, peers.axis, [(0, 1), (1, 0)]) if ahead else None
             q, *held_here = fused_rotation.rotate_into_cache(
-                qkv, scales, table, keys, values, slots, eps=eps, peers=peers
+                qk, v, scales, table, keys, values, slots, eps=eps, peers=peers, received=received
             )
             return causal_rope_sp.attend_held(
                 q, *held_here, layout.part_length(held), self.backend
             ), *held_here
 
         tokens, cached = self._spec(QKV), self._spec(self._cache_names[1:])
-        in_specs = (self._spec((*QKV, None)), P(), self._spec(TABLE), cached, cached, P(), P())
+        in_specs = (self._spec((*QKV, None)), tokens, P(), self._spec(TABLE), cached, cached, P(), P())
         run = self._shard_map(body, in_specs, (tokens, cached, cached), check_vma=False)
         slots, held = jnp.asarray(placement.slots), jnp.asarray(placement.held)
-        out, *both = run(qkv, scales, table, *cache.read(layer), slots, held)
+        out, *both = run(qk, v, scales, table, *cache.read(layer), slots, held)
         return out, cache.replace_layer(layer, *both)
 
     def _peers(self, tokens):

@@ -88,10 +88,8 @@ def _stacked(params):
     layers = []
     for i in range(len(params["blocks"])):
         own = dict(params["blocks"][i]["self_attn"])
-        joined = jax.tree.map(
-            lambda x: dict(zip("qkv", jnp.split(x, 3, axis=-1), strict=True)), own.pop("qkv")
-        )
-        own |= {name: {kind: parts[name] for kind, parts in joined.items()} for name in "qkv"}
+        joined = jax.tree.map(lambda x: dict(zip("qk", jnp.split(x, 2, axis=-1), strict=True)), own.pop("qk"))
+        own |= {name: {kind: parts[name] for kind, parts in joined.items()} for name in "qk"}
         layers.append(params["blocks"][i] | {"self_attn": own})
     return params | {"blocks": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
 

@@ -91,9 +91,9 @@ def layer_fused(vectors, x, out, p, q):
 
 
 def rotate_plain(vectors, qkv, keys, values, slots):
-    qkv = qkv.reshape(B, F, S, 3, E)
-    inverse = jnp.unstack(inverse_rms(qkv[..., :2, :], EPS), axis=-2)
-    q, k, v = jnp.unstack(qkv, axis=-2)
+    qk, v = qkv[0].reshape(B, F, S, 2, E), qkv[1]
+    inverse = jnp.unstack(inverse_rms(qk, EPS), axis=-2)
+    q, k = jnp.unstack(qk, axis=-2)
     rotated = []
     for x, scale, factor in zip(
         (q, k), vectors["scales"], jax.lax.optimization_barrier(inverse), strict=True
@@ -106,9 +106,9 @@ def rotate_plain(vectors, qkv, keys, values, slots):
 
 
 def rotate_fused(vectors, qkv, keys, values, slots):
-    qkv = qkv.reshape(B, F, S, 3, N, D)
+    qk, v = qkv[0].reshape(B, F, S, 2, N, D), qkv[1].reshape(B, F, S, N, D)
     return fused_rotation.rotate_into_cache(
-        qkv, vectors["scales"], vectors["table"], keys, values, slots, eps=EPS
+        qk, v, vectors["scales"], vectors["table"], keys, values, slots, eps=EPS
     )
 
 
@@ -154,8 +154,8 @@ def shapes():
     norms = (vectors, [(x,) * 4] * BUFFERS)
     cache = jax.ShapeDtypeStruct((B, 1, ROOM, N, D), bf16)
     turning = {"scales": [vectors["scale"]] * 2, "table": jax.ShapeDtypeStruct((2, F, S, D // 2), f32)}
-    product = jax.ShapeDtypeStruct((B, F, S, 3 * E), bf16)
-    return norms, (turning, [product] * 4, cache, cache, jax.ShapeDtypeStruct((F,), jnp.int32))
+    products = tuple(jax.ShapeDtypeStruct((B, F, S, width), bf16) for width in (2 * E, E))
+    return norms, (turning, [products] * 4, cache, cache, jax.ShapeDtypeStruct((F,), jnp.int32))
 
 
 def draw(tree):

@@ -24,6 +24,11 @@ def _queries(B=2, F=3, S=8, N=4, slots=(4, 0, 2), room=48):
     return qkv, scales, rope.tables(jnp.asarray(frames), spatial), keys, values, jnp.asarray(slots)
 
 
+def _parts(qkv):
+    """Queries and keys, and values."""
+    return qkv[:, :, :, :2], qkv[:, :, :, 2]
+
+
 def _turned(x, table):
     """By complex numbers."""
     pairs = x.reshape(*x.shape[:-1], -1, 2)
@@ -57,18 +62,23 @@ def _check_cache(new_keys, new_values, keys, values, qkv, expected_keys, slots):
 
 def test_one_device(machine):
     qkv, scales, table, keys, values, slots = _queries()
-    q, *held = fused_rotation.rotate_into_cache(qkv, scales, table, keys, values, slots, eps=EPS)
+    q, *held = fused_rotation.rotate_into_cache(*_parts(qkv), scales, table, keys, values, slots, eps=EPS)
     expected_q, expected_k = _expected(qkv, scales, table)
     assert_rounded(q, expected_q)
     _check_cache(*held, keys, values, qkv, expected_k, slots)
     assert not machine.signals
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize(
-    ("tokens", "devices", "rows"), [(8, 2, 4), (24, 3, 8), (20, 2, 10), (28, 3, 12), (20, 4, 8)]
+    ("tokens", "devices", "rows"),
+    [(8, 2, 4), (24, 3, 8), (20, 2, 10), (28, 2, 16), (28, 3, 12), (20, 4, 8)],
 )
-def test_devices_write_to_all_caches(machine, tokens, devices, rows):
-    """Even shares, shares that are no multiple of a block of threads, and short and empty ones at the end."""
+def test_devices_write_to_all_caches(machine, tokens, devices, rows, ahead):
+    """Even shares, shares that are no multiple of a block of threads, and short and empty ones at the end; values sent
+    by the kernel and, between two devices, before it."""
+    if ahead and devices > 2:
+        pytest.skip("values travel ahead between two devices only")
     qkv, scales, table, keys, values, slots = _queries(
         B=1, F=2, S=tokens, N=2, slots=(2, 0), room=3 * tokens + 4
     )
@@ -78,9 +88,10 @@ def test_devices_write_to_all_caches(machine, tokens, devices, rows):
     index = np.minimum(np.arange(devices * rows), tokens - 1).reshape(devices, rows)
     for device, here in enumerate(index):
         machine.device = device
+        received = qkv[:, :, index[1 - device], 2] if ahead else None
         q, _, _ = fused_rotation.rotate_into_cache(
-            qkv[:, :, here], scales, table[:, :, here], keys, values, slots,
-            eps=EPS, peers=Peers(devices, tokens, machine.axis),
+            *_parts(qkv[:, :, here]), scales, table[:, :, here], keys, values, slots,
+            eps=EPS, peers=Peers(devices, tokens, machine.axis), received=received,
         )  # fmt: skip
         assert_rounded(q, expected_q[:, :, here])
     for held in machine.memory:
@@ -105,7 +116,7 @@ def test_a_share_writes_its_own_rows_to_all_places(machine):
     qkv, scales, table, keys, values, slots = _queries(B=1, F=2, S=8, slots=(1, 0), room=40)
     peers = Peers(2, 16, None)
     _, new_keys, new_values = fused_rotation.rotate_into_cache(
-        qkv, scales, table, keys, values, slots, eps=EPS, peers=peers
+        *_parts(qkv), scales, table, keys, values, slots, eps=EPS, peers=peers
     )
     _, expected_k = _expected(qkv, scales, table)
     twice = jnp.concatenate([qkv, qkv], axis=2)
@@ -118,8 +129,9 @@ def test_the_plain_form_is_the_same_function(machine):
     """Of which the gradient is taken."""
     qkv, scales, table, keys, values, slots = _queries()
     factors = fused_rotation._factors(table)
-    results = fused_rotation.rotate_into_cache(qkv, scales, table, keys, values, slots, eps=EPS)
-    arguments = jax.tree.map(lambda y: y.astype(jnp.float32), (qkv, scales, factors, keys, values))
+    results = fused_rotation.rotate_into_cache(*_parts(qkv), scales, table, keys, values, slots, eps=EPS)
+    products = *_parts(qkv), None
+    arguments = jax.tree.map(lambda y: y.astype(jnp.float32), (products, scales, factors, keys, values))
     for result, plain in zip(results, fused_rotation.plain_rotate(EPS, None, *arguments, slots), strict=True):
         assert relative(result, plain) < 4e-3
 
@@ -134,11 +146,11 @@ def test_gradient_goes_around_the_kernel(machine):
         return sum((y.astype(jnp.float32) * w).sum() for y, w in zip(results, weights, strict=True))
 
     def fused(qkv, scales, *caches):
-        return fused_rotation.rotate_into_cache(qkv, scales, table, *caches, slots, eps=EPS)
+        return fused_rotation.rotate_into_cache(*_parts(qkv), scales, table, *caches, slots, eps=EPS)
 
     def plain(qkv, scales, *caches):
         factors = fused_rotation._factors(table)
-        return fused_rotation.plain_rotate(EPS, None, qkv, scales, factors, *caches, slots)
+        return fused_rotation.plain_rotate(EPS, None, (*_parts(qkv), None), scales, factors, *caches, slots)
 
     of = (qkv, scales, caches)
     actual = jax.grad(functools.partial(loss, fused), (0, 1, 2))(*of)
@@ -154,7 +166,7 @@ def test_lowers_for_a_gpu():
     def layers(qkv, scale, table, keys, values, slots):
         for _ in range(3):
             q, keys, values = fused_rotation.rotate_into_cache(
-                qkv, (scale, scale), table, keys, values, slots, eps=EPS
+                *_parts(qkv), (scale, scale), table, keys, values, slots, eps=EPS
             )
             qkv = qkv.at[:, :, :, 0].set(q)
         return qkv, keys, values

@@ -68,19 +68,18 @@ def test_one_kernel_a_layer_takes_the_product_and_gives_rotated_heads():
         assert kernel.type.count("bf16[") == len(kernel.shapes)
 
 
-def test_our_kernel_goes_from_the_product_to_all_caches():
+def test_our_kernel_goes_from_the_products_to_all_caches():
     """And is all there is of the rotation: no collective, no copy of a cache, no kernel between."""
     program = PROGRAMS["kernel"]
     assert not SCRIPT.rotations(program)
-    assert not program.sent()
-    (body,) = {i.computation for c in program.computations.values() for i in c.values() if _is_ours(i)}
-    around = program.computations[body]
-    kernels = [i for i in around.values() if _is_ours(i)]
+    around, kernels = _ours(program)
     assert len(kernels) == SCRIPT.LAYERS
-    cache = 32760 * 1536 * 2
+    cache, block = 32760 * 1536 * 2, 784 * 3 * 1536 * 2
     for kernel in kernels:
-        product, *caches = (name for name in kernel.operands if around[name].nbytes >= 784 * 3 * 1536 * 2)
-        assert "matmul" in _producer(around, product).attributes
+        qk, v, received, *caches = (name for name in kernel.operands if around[name].nbytes >= block)
+        assert [around[name].nbytes for name in (qk, v, received)] == [2 * block, block, block]
+        assert "matmul" in _producer(around, qk).attributes
+        assert _producer(around, received).opcode == "collective-permute-done"
         assert [around[name].nbytes for name in caches] == [cache, cache]
         # Keys, values and what counts arrivals are the operands themselves.
         aliased = re.search(r"output_to_operand_aliasing={(.*?)}, api", kernel.attributes)[1]
@@ -88,6 +87,34 @@ def test_our_kernel_goes_from_the_product_to_all_caches():
         assert "uses_xla_collective_metadata = true" in kernel.attributes
     large = [i for i in around.values() if i.opcode == "copy" and i.nbytes >= cache]
     assert not large
+
+
+def test_values_travel_while_queries_and_keys_are_multiplied():
+    """And nothing else does."""
+    program = PROGRAMS["kernel"]
+    around, kernels = _ours(program)
+    order = list(around)
+    assert [sent.collective.kind for sent in program.sent()] == ["collective-permute"] * len(kernels)
+    for kernel, sent in zip(kernels, program.sent(), strict=True):
+        assert sent.collective.bytes == 784 * 3 * 1536 * 2
+        start = around[sent.instruction.operands[0]]
+        assert "matmul" in _source(around, start.operands[0]).attributes
+        qk = _producer(around, kernel.operands[0])
+        assert order.index(start.name) < order.index(qk.name) < order.index(sent.instruction.name)
+
+
+def _ours(program):
+    """The instructions around our kernels, in order, and these."""
+    (body,) = {i.computation for c in program.computations.values() for i in c.values() if _is_ours(i)}
+    around = program.computations[body]
+    return around, [i for i in around.values() if _is_ours(i)]
+
+
+def _source(around, name):
+    """`_producer`, past a barrier too."""
+    while (found := _producer(around, name)).opcode == "tuple":
+        name = found.operands[0]
+    return found
 
 
 def _is_ours(instruction):
