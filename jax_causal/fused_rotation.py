@@ -4,7 +4,13 @@ Hopper, in Pallas (Mosaic GPU).
 Where several devices share the tokens of every frame and each holds the whole cache, the kernel writes a device's keys
 and values to the caches of all: they travel by the stores that put them in their place. Nothing is packed, and nothing
 is copied after it has arrived. Values can also travel before, while queries and keys are still multiplied; the kernel
-then takes what has arrived to its place, while the keys' stores wait for the link.
+then takes what has arrived to its place, while the keys' stores wait for the link. Every device counts what comes from
+the others, and its kernel ends when that is all.
+
+Before a device writes to a peer's cache, the peer must have ended what it read there, must have copied the cache where
+XLA copies it, and must have set its count to zero. So the layers of a pass share one array of counts, zero before the
+first of them; `settle` has all copies made before it; and there all devices wait for each other. At a later layer there
+is nothing to wait for: what came from a peer at the layer before says that it has begun this pass.
 
 Arithmetic is fp32 from the load to the store, and what is stored is rounded once. The gradient is that of the plain
 form.
@@ -50,8 +56,31 @@ def can_reach_peers() -> bool:
     return jax.__version_info__[:2] == (0, 11)
 
 
+class Arrivals(NamedTuple):
+    """What has come from peers in a pass under way.
+
+    Attributes:
+      counts: pieces at each layer, int32 [L]; zero before the first.
+      layer: the one that is written next. At layer 0 devices wait for each other.
+    """
+
+    counts: jax.Array
+    layer: int
+
+
 def rotate_into_cache(
-    qk, v, scales, table, keys, values, slots, *, eps: float, peers: Peers | None = None, received=None
+    qk,
+    v,
+    scales,
+    table,
+    keys,
+    values,
+    slots,
+    *,
+    eps: float,
+    peers: Peers | None = None,
+    received=None,
+    arrivals: Arrivals | None = None,
 ):
     """Queries and keys normalised over all heads jointly and rotated, these and the values written to the cache.
 
@@ -68,11 +97,42 @@ def rotate_into_cache(
         is m.
       received: `v` of the peer, where there is one and its values have travelled already. Without, they travel by the
         kernel.
+      arrivals: of the pass, whose layers' caches are from one `settle`. Without, this layer is the first and only one.
 
     Returns:
-      Rotated queries [B, F, m, N, D], keys and values of the cache.
+      Rotated queries [B, F, m, N, D], keys and values of the cache, and the counts of `arrivals`.
     """
-    return _rotate(eps, peers, (qk, v, received), scales, _factors(table), keys, values, slots)
+    counts, layer = arrivals or Arrivals(jnp.zeros(1, jnp.int32), 0)
+    products, factors = (qk, v, received), _factors(table)
+    if _travels(peers):
+        numbers = slots, jnp.full(1, layer, jnp.int32)
+        return _rotate(eps, peers, layer == 0, products, scales, factors, (keys, values, counts), numbers)
+    return *_rotate(eps, peers, True, products, scales, factors, (keys, values), (slots,)), counts
+
+
+@jax.custom_vjp
+def settle(caches: list[jax.Array]) -> list[jax.Array]:
+    """Caches [B, 1, K, N, D] of all layers, of which XLA copies nothing any more before kernels that take them from
+    here write to them: an old cache that is still needed is copied before this, by a kernel that takes them all as if
+    it wrote there."""
+    return _settle_kernel(caches)
+
+
+settle.defvjp(lambda caches: (settle(caches), None), lambda _, cotangents: (cotangents,))
+
+
+def _settle_kernel(caches):
+    refs = [jax.new_ref(x[:, 0]) for x in caches]
+
+    def kernel(never_ref, *refs):
+        @pl.when(never_ref[0] != 0)
+        def _():
+            for ref in refs:
+                here = 0, pl.ds(0, TOKENS)
+                ref[here] = hopper_rows.load(ref.at[here], HEADS)
+
+    hopper_rows.launch(kernel, [], {"kernel_part": 1}, "settle")(jnp.zeros(1, jnp.int32), *refs)
+    return [jax.freeze(ref)[:, None] for ref in refs]
 
 
 def _factors(table):
@@ -83,30 +143,31 @@ def _factors(table):
     return both.reshape(*table.shape[:-1], -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _rotate(eps, peers, products, scales, factors, keys, values, slots):
-    return _rotate_kernel(eps, peers, products, scales, factors, keys, values, slots)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _rotate(eps, peers, waits, products, scales, factors, written, numbers):
+    return _rotate_kernel(eps, peers, waits, products, scales, factors, written, numbers)
 
 
-def _rotate_fwd(eps, peers, products, scales, factors, keys, values, slots):
-    results = _rotate(eps, peers, products, scales, factors, keys, values, slots)
-    return results, (products, scales, factors, slots)
+def _rotate_fwd(eps, peers, waits, products, scales, factors, written, numbers):
+    results = _rotate(eps, peers, waits, products, scales, factors, written, numbers)
+    return results, (products, scales, factors, numbers)
 
 
-def _rotate_bwd(eps, peers, inputs, cotangents):
+def _rotate_bwd(eps, peers, waits, inputs, cotangents):
     """What the cache held before does not matter, only where it is replaced: it need not be kept."""
-    products, scales, factors, slots = inputs
-    caches = [jnp.zeros_like(x) for x in cotangents[1:]]
-    plain = functools.partial(plain_rotate, eps, peers, slots=slots)
+    products, scales, factors, numbers = inputs
+    caches = [jnp.zeros_like(x) for x in cotangents[1:3]]
+    plain = functools.partial(plain_rotate, eps, peers, slots=numbers[0])
     _, pullback = jax.vjp(plain, products, scales, factors, *caches)
-    return *pullback(cotangents), None
+    *of, keys, values = pullback(tuple(cotangents[:3]))
+    return *of, (keys, values, *[None] * len(cotangents[3:])), None
 
 
 _rotate.defvjp(_rotate_fwd, _rotate_bwd)
 
 
 def plain_rotate(eps, peers, products, scales, factors, keys, values, slots):
-    """`rotate_into_cache` without a kernel; values are gathered, whatever has been received."""
+    """`rotate_into_cache` without a kernel and counts; values are gathered, whatever has been received."""
     qk, v, _ = products
     F = qk.shape[1]
     q, k = normalise(qk, scales, eps)
@@ -137,23 +198,24 @@ def normalise(qk, scales, eps: float):
 
 
 # Compiled by itself, so that the layers of a model share their kernel.
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _rotate_kernel(eps, peers, products, scales, factors, keys, values, slots):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _rotate_kernel(eps, peers, waits, products, scales, factors, written, numbers):
     qk, v, received = products
     B, F, m, N, D = v.shape
     travels, ahead = _travels(peers), received is not None
-    keys_ref, values_ref = (jax.new_ref(x[:, 0]) for x in (keys, values))
+    refs = [jax.new_ref(x) for x in (written[0][:, 0], written[1][:, 0], *written[2:])]
     # Axes of the mesh are seen inside too: no name may be one of theirs.
     grid = {"kernel_frame": B * F, "kernel_tile": hopper_rows.tiles(m), "kernel_part": 4 if ahead else 3}
 
     def kernel(qk_ref, v_ref, *rest):
         received_ref, rest = (rest[0], rest[1:]) if ahead else (None, rest)
-        q_scale_ref, k_scale_ref, factors_ref, slots_ref, keys_ref, values_ref, q_ref = rest
+        q_scale_ref, k_scale_ref, factors_ref, slots_ref, *rest = rest
+        layer_ref, rest = (rest[0], rest[1:]) if travels else (None, rest)
+        keys_ref, values_ref, *counts_ref, q_ref = rest
+        count_ref = counts_ref[0].at[layer_ref[0]] if travels else None
         index, tile, part = (lax.axis_index(name) for name in grid)
         batch, frame = lax.div(index, F), lax.rem(index, F)
         tokens = hopper_rows.tile(tile, m)
-        # Counts the pieces that others have written to this device's cache.
-        arrived = pl.get_global(plgpu.SemaphoreType.REGULAR) if travels else None
         place = _Places(peers, m, batch, slots_ref[frame], tokens)
 
         @pl.when(part < 2)
@@ -178,7 +240,7 @@ def _rotate_kernel(eps, peers, products, scales, factors, keys, values, slots):
 
             @pl.when(part == 1)
             def _key():
-                place.everywhere(keys_ref, x, arrived)
+                place.everywhere(keys_ref, x, count_ref)
 
         @pl.when(part == 2)
         def _value():
@@ -186,7 +248,7 @@ def _rotate_kernel(eps, peers, products, scales, factors, keys, values, slots):
             if ahead:
                 place.here(values_ref, x, lax.axis_index(peers.axis))
             else:
-                place.everywhere(values_ref, x, arrived)
+                place.everywhere(values_ref, x, count_ref)
 
         if ahead:
 
@@ -202,23 +264,24 @@ def _rotate_kernel(eps, peers, products, scales, factors, keys, values, slots):
             @pl.when(last[0] & last[1] & (part == 0))
             def _wait():
                 pieces = (1 if ahead else 2) * grid["kernel_frame"] * grid["kernel_tile"]
-                pl.semaphore_wait(arrived, pieces * (peers.count - 1), decrement=False)
+                hopper_rows.wait_for_count(count_ref, pieces * (peers.count - 1))
 
     q = hopper_rows.launch(
         kernel,
         jax.ShapeDtypeStruct((B * F, m, N, D), v.dtype),
         grid,
         "rotate_into_caches" if peers and peers.count > 1 else "rotate_into_cache",
+        waits=waits,
     )(
         qk.reshape(B * F, m, 2, N, D),
         *(x.reshape(B * F, m, N, D) for x in (v, received) if x is not None),
         *(x.reshape(N, D) for x in scales),
         factors,
-        slots,
-        keys_ref,
-        values_ref,
+        *numbers,
+        *refs,
     )
-    return q.reshape(B, F, m, N, D), *(jax.freeze(ref)[:, None] for ref in (keys_ref, values_ref))
+    keys, values, *counts = (jax.freeze(ref) for ref in refs)
+    return q.reshape(B, F, m, N, D), keys[:, None], values[:, None], *counts
 
 
 def _travels(peers: Peers | None) -> bool:
@@ -227,7 +290,7 @@ def _travels(peers: Peers | None) -> bool:
 
 class _Places:
     """Where x, `tokens` of a device's m of a slot, belongs in caches that hold the tokens of all devices. No peer is
-    still reading there: devices wait for each other before such a kernel begins."""
+    still reading there."""
 
     def __init__(self, peers: Peers | None, m: int, batch, slot, tokens):
         self.peers, self.m, self.batch, self.tokens = peers, m, batch, tokens
@@ -247,8 +310,8 @@ class _Places:
         """Writes x of the device `share` to this device's cache `ref`."""
         self._at(share, lambda here: ref.__setitem__(here, x))
 
-    def everywhere(self, ref, x, arrived):
-        """Writes this device's x to its cache `ref` and to that of every peer, and counts it in `arrived` there."""
+    def everywhere(self, ref, x, count_ref):
+        """Writes this device's x to its cache `ref` and to that of every peer, which counts it."""
         if not _travels(self.peers):
             for share in range(self.count):
                 self.here(ref, x, share)
@@ -264,4 +327,4 @@ class _Places:
 
         self._at(me, write)
         for other in others:
-            pl.semaphore_signal(arrived, device_id=other)
+            hopper_rows.count_one(plgpu.remote_ref(count_ref, other))

@@ -169,7 +169,7 @@ class SingleDevice:
     def attend_product(self, qk, v, scales, table, cache, layer, placement, layout, eps):
         from jax_causal import fused_rotation
 
-        q, *held = fused_rotation.rotate_into_cache(
+        q, *held, _ = fused_rotation.rotate_into_cache(
             qk, v, scales, table, *cache.read(layer), placement.slots, eps=eps
         )
         cache = cache.replace_layer(layer, *held)

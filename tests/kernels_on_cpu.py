@@ -19,23 +19,24 @@ class Machine:
     Attributes:
       axis, device: name of their mesh axis, and the one that runs.
       memory: arrays that kernels write in place, by device; None: those that a kernel is given.
-      signals, awaited: of each device's semaphore, how often it was signalled and for how many its kernel waited.
-      order: in which other devices' memory was written and they were signalled: ("write" or "signal", device).
+      awaited: by device, the counts that its kernels ended with.
+      order: in which other devices' memory was written and counted in: ("write" or "count", device).
+      waits: of every kernel, whether devices wait for each other before it.
     """
 
     axis, device, memory = "seq", 0, None
 
     def __init__(self):
-        self.signals, self.awaited, self.order = collections.Counter(), {}, []
+        self.awaited, self.order, self.waits = collections.defaultdict(list), [], []
 
 
 class _Ref:
-    """Memory as a kernel sees it, over a numpy array."""
+    """Memory as a kernel sees it, over a numpy array; `whole` and `index` say what it is a part of."""
 
-    def __init__(self, array):
-        self.array = array
+    def __init__(self, array, whole=None, index=()):
+        self.array, self.whole, self.index = array, array if whole is None else whole, index
 
-    at = property(lambda self: self)
+    at = property(lambda self: _Parts(self))
 
     def _index(self, index):
         index = index if isinstance(index, tuple) else (index,)
@@ -54,13 +55,26 @@ class _Ref:
         part[...] = value
 
 
+class _Parts:
+    """What `at` gives."""
+
+    def __init__(self, ref):
+        self.ref = ref
+
+    def __getitem__(self, index):
+        assert not self.ref.index
+        index = (*self.ref._index(index), ...)
+        return _Ref(self.ref.array[index], self.ref.array, index)
+
+
 @pytest.fixture
 def machine(monkeypatch):
     """Runs the kernels of `hopper_rows`; a `Machine`."""
     machine, place = Machine(), {}
 
-    def launch(kernel, out_type, grid, name):
+    def launch(kernel, out_type, grid, name, *, waits=True):
         def run(*operands):
+            machine.waits.append(waits)
             many = isinstance(out_type, list)
             outs = [np.full(x.shape, np.nan, x.dtype) for x in (out_type if many else [out_type])]
             arrays = [np.array(x[...]) for x in operands]
@@ -83,17 +97,16 @@ def machine(monkeypatch):
 
     def remote(ref, device):
         own = machine.memory[machine.device]
-        (index,) = (i for i, array in enumerate(own) if array is ref.array)
-        machine.order.append(("write", int(device[machine.axis])))
-        return _Ref(machine.memory[int(device[machine.axis])][index])
+        (number,) = (i for i, array in enumerate(own) if array is ref.whole)
+        whole = machine.memory[int(device[machine.axis])][number]
+        machine.order.append(("count" if number == len(own) - 1 else "write", int(device[machine.axis])))
+        return _Ref(whole[ref.index] if ref.index else whole, whole, ref.index)
 
-    def signal(semaphore, device_id):
-        machine.signals[int(device_id[machine.axis])] += 1
-        machine.order.append(("signal", int(device_id[machine.axis])))
+    def count_one(ref):
+        ref.array[...] += 1
 
-    def wait(semaphore, value, decrement):
-        assert not decrement
-        machine.awaited[machine.device] = machine.awaited.get(machine.device, 0) + value
+    def wait_for_count(ref, value):
+        machine.awaited[machine.device].append(value)
 
     def swap_pairs(x):
         return x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
@@ -110,9 +123,8 @@ def machine(monkeypatch):
     monkeypatch.setattr(hopper_rows, "swap_pairs", swap_pairs)
     monkeypatch.setattr(jax.lax, "axis_index", lambda name: jnp.int32(place[name]))
     monkeypatch.setattr(plgpu, "remote_ref", remote, raising=False)
-    monkeypatch.setattr(pl, "get_global", lambda what: None, raising=False)
-    monkeypatch.setattr(pl, "semaphore_signal", signal)
-    monkeypatch.setattr(pl, "semaphore_wait", wait)
+    monkeypatch.setattr(hopper_rows, "count_one", count_one)
+    monkeypatch.setattr(hopper_rows, "wait_for_count", wait_for_count)
     monkeypatch.setattr(pl, "when", when)
     with jax.disable_jit():
         yield machine

@@ -109,7 +109,7 @@ def rotate_fused(vectors, qkv, keys, values, slots):
     qk, v = qkv[0].reshape(B, F, S, 2, N, D), qkv[1].reshape(B, F, S, N, D)
     return fused_rotation.rotate_into_cache(
         qk, v, vectors["scales"], vectors["table"], keys, values, slots, eps=EPS
-    )
+    )[:3]
 
 
 # name: the two, and the activations that are read and written by the kernels

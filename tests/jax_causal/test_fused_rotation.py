@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jax_causal import fused_rotation, hopper_rows, rope
-from jax_causal.fused_rotation import Peers
+from jax_causal.fused_rotation import Arrivals, Peers
 from tests.kernels_on_cpu import assert_rounded, f64, machine, random, relative
 
 __all__ = ["machine"]
@@ -62,11 +62,11 @@ def _check_cache(new_keys, new_values, keys, values, qkv, expected_keys, slots):
 
 def test_one_device(machine):
     qkv, scales, table, keys, values, slots = _queries()
-    q, *held = fused_rotation.rotate_into_cache(*_parts(qkv), scales, table, keys, values, slots, eps=EPS)
+    q, *held, _ = fused_rotation.rotate_into_cache(*_parts(qkv), scales, table, keys, values, slots, eps=EPS)
     expected_q, expected_k = _expected(qkv, scales, table)
     assert_rounded(q, expected_q)
     _check_cache(*held, keys, values, qkv, expected_k, slots)
-    assert not machine.signals
+    assert not machine.awaited
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -76,32 +76,57 @@ def test_one_device(machine):
 )
 def test_devices_write_to_all_caches(machine, tokens, devices, rows, ahead):
     """Even shares, shares that are no multiple of a block of threads, and short and empty ones at the end; values sent
-    by the kernel and, between two devices, before it."""
+    by the kernel and, between two devices, before it; as the second of three layers, whose counts are in one array."""
     if ahead and devices > 2:
         pytest.skip("values travel ahead between two devices only")
     qkv, scales, table, keys, values, slots = _queries(
         B=1, F=2, S=tokens, N=2, slots=(2, 0), room=3 * tokens + 4
     )
     expected_q, expected_k = _expected(qkv, scales, table)
-    machine.memory = [[np.array(x[:, 0]) for x in (keys, values)] for _ in range(devices)]
+    counts = jnp.array([5, 0, 0], jnp.int32)
+    machine.memory = [
+        [*(np.array(x[:, 0]) for x in (keys, values)), np.array(counts)] for _ in range(devices)
+    ]
     # As `Sharded` cuts them, with whatever rows of padding.
     index = np.minimum(np.arange(devices * rows), tokens - 1).reshape(devices, rows)
     for device, here in enumerate(index):
         machine.device = device
         received = qkv[:, :, index[1 - device], 2] if ahead else None
-        q, _, _ = fused_rotation.rotate_into_cache(
+        q, *_ = fused_rotation.rotate_into_cache(
             *_parts(qkv[:, :, here]), scales, table[:, :, here], keys, values, slots,
-            eps=EPS, peers=Peers(devices, tokens, machine.axis), received=received,
+            eps=EPS, peers=Peers(devices, tokens, machine.axis), received=received, arrivals=Arrivals(counts, 1),
         )  # fmt: skip
         assert_rounded(q, expected_q[:, :, here])
-    for held in machine.memory:
+    for device, (*held, found) in enumerate(machine.memory):
         _check_cache(*(x[:, None] for x in held), keys, values, qkv, expected_k, slots)
-    assert machine.awaited == dict(machine.signals)
-    assert set(machine.awaited) == set(range(devices))
-    if devices * rows == tokens:  # without padding every signal tells of a write before it
+        (awaited,) = machine.awaited[device]
+        assert found.tolist() == [5, awaited, 0]
+        assert awaited > 0
+    if devices * rows == tokens:  # without padding whatever is counted was written before
         for device in range(devices):
             events = [what for what, to in machine.order if to == device]
-            assert events == ["write", "signal"] * (len(events) // 2)
+            assert events == ["write", "count"] * (len(events) // 2)
+
+
+def test_devices_wait_for_each_other_before_the_first_layer_alone(machine):
+    """Later ones are behind what came at the layer before."""
+    qkv, scales, table, keys, values, slots = _queries(B=1, F=1, S=8, slots=(1,), room=24)
+    machine.memory = [[*(np.array(x[:, 0]) for x in (keys, values)), np.zeros(3, np.int32)] for _ in "ab"]
+    counts = jnp.zeros(3, jnp.int32)
+    for layer in range(3):
+        *_, counts = fused_rotation.rotate_into_cache(
+            *_parts(qkv[:, :, :4]), scales, table[:, :, :4], keys, values, slots,
+            eps=EPS, peers=Peers(2, 8, machine.axis), arrivals=Arrivals(counts, layer),
+        )  # fmt: skip
+    assert machine.waits == [True, False, False]
+    assert (counts == 0).all()  # the other device has sent nothing
+    assert (machine.memory[1][2] > 0).all()
+
+
+def test_settling_changes_nothing(machine):
+    *_, keys, values, _ = _queries()
+    for new, old in zip(fused_rotation.settle([keys, values]), (keys, values), strict=True):
+        np.testing.assert_array_equal(f64(new), f64(old))
 
 
 @pytest.mark.parametrize(
@@ -115,21 +140,21 @@ def test_a_share_writes_its_own_rows_to_all_places(machine):
     """Where the other devices are not there; see `sharding.share`."""
     qkv, scales, table, keys, values, slots = _queries(B=1, F=2, S=8, slots=(1, 0), room=40)
     peers = Peers(2, 16, None)
-    _, new_keys, new_values = fused_rotation.rotate_into_cache(
+    _, new_keys, new_values, _ = fused_rotation.rotate_into_cache(
         *_parts(qkv), scales, table, keys, values, slots, eps=EPS, peers=peers
     )
     _, expected_k = _expected(qkv, scales, table)
     twice = jnp.concatenate([qkv, qkv], axis=2)
     expected_k = np.concatenate([expected_k] * 2, axis=2)
     _check_cache(new_keys, new_values, keys, values, twice, expected_k, slots)
-    assert not machine.signals
+    assert not machine.awaited
 
 
 def test_the_plain_form_is_the_same_function(machine):
     """Of which the gradient is taken."""
     qkv, scales, table, keys, values, slots = _queries()
     factors = fused_rotation._factors(table)
-    results = fused_rotation.rotate_into_cache(*_parts(qkv), scales, table, keys, values, slots, eps=EPS)
+    *results, _ = fused_rotation.rotate_into_cache(*_parts(qkv), scales, table, keys, values, slots, eps=EPS)
     products = *_parts(qkv), None
     arguments = jax.tree.map(lambda y: y.astype(jnp.float32), (products, scales, factors, keys, values))
     for result, plain in zip(results, fused_rotation.plain_rotate(EPS, None, *arguments, slots), strict=True):
@@ -146,7 +171,7 @@ def test_gradient_goes_around_the_kernel(machine):
         return sum((y.astype(jnp.float32) * w).sum() for y, w in zip(results, weights, strict=True))
 
     def fused(qkv, scales, *caches):
-        return fused_rotation.rotate_into_cache(*_parts(qkv), scales, table, *caches, slots, eps=EPS)
+        return fused_rotation.rotate_into_cache(*_parts(qkv), scales, table, *caches, slots, eps=EPS)[:3]
 
     def plain(qkv, scales, *caches):
         factors = fused_rotation._factors(table)
@@ -165,7 +190,7 @@ def test_lowers_for_a_gpu():
 
     def layers(qkv, scale, table, keys, values, slots):
         for _ in range(3):
-            q, keys, values = fused_rotation.rotate_into_cache(
+            q, keys, values, _ = fused_rotation.rotate_into_cache(
                 *_parts(qkv), (scale, scale), table, keys, values, slots, eps=EPS
             )
             qkv = qkv.at[:, :, :, 0].set(q)

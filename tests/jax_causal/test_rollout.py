@@ -35,9 +35,9 @@ def test_rollout_fused(monkeypatch, name):
         def fuses(self, tokens, heads, head_dim, dtype):
             return True
 
-    def rotate(*args):
-        called.append(args)
-        return fused_rotation.plain_rotate(*args)
+    def rotate(eps, peers, waits, products, scales, factors, written, numbers):
+        called.append(numbers)
+        return fused_rotation.plain_rotate(eps, peers, products, scales, factors, *written, *numbers)
 
     monkeypatch.setattr(fused_rotation, "_rotate_kernel", rotate)
     monkeypatch.setattr(fused_norm, "_add_norm_kernel", fused_norm.plain_add_norm)

@@ -25,16 +25,20 @@ pytestmark = pytest.mark.sp
 
 @pytest.fixture
 def peers(monkeypatch):
-    """Who wrote to whom, by call."""
+    """Who wrote to whom, and whether devices waited for each other before, by call."""
     found = []
 
-    def rotate(eps, peers, *arguments):
-        found.append(peers)
-        return fused_rotation.plain_rotate(eps, peers, *arguments)
+    def rotate(eps, peers, waits, products, scales, factors, written, numbers):
+        found.append((peers, waits))
+        keys, values, *counts = written
+        return *fused_rotation.plain_rotate(
+            eps, peers, products, scales, factors, keys, values, numbers[0]
+        ), *counts
 
     monkeypatch.setattr(Sharded, "fuses", lambda *args: True)
     monkeypatch.setattr(fused_rotation, "can_reach_peers", lambda: True)
     monkeypatch.setattr(fused_rotation, "_rotate_kernel", rotate)
+    monkeypatch.setattr(fused_rotation, "_settle_kernel", lambda caches: caches)
     monkeypatch.setattr(fused_norm, "_add_norm_kernel", fused_norm.plain_add_norm)
     jax.clear_caches()  # of the same programs without
     yield found
@@ -59,7 +63,10 @@ def test_golden_rollout(peers, name, strategy, devices, direct):
     np.testing.assert_allclose(golden.run(), golden.data["latents"], atol=ATOL)
     golden.check_cache(ATOL)
     writes = strategy == "gather" and direct
-    assert {(p.count, p.axis) for p in peers} == ({(devices, "seq")} if writes else set())
+    assert {(p.count, p.axis) for p, _ in peers} == ({(devices, "seq")} if writes else set())
+    layers = config.num_layers
+    waits = [wait for _, wait in peers]
+    assert waits == [True, *[False] * (layers - 1)] * (len(waits) // layers)
 
 
 def test_who_can_send(monkeypatch):
