@@ -8,9 +8,9 @@ then takes what has arrived to its place, while the keys' stores wait for the li
 the others, and its kernel ends when that is all.
 
 Before a device writes to a peer's cache, the peer must have ended what it read there, must have copied the cache where
-XLA copies it, and must have set its count to zero. So the layers of a pass share one array of counts, zero before the
-first of them; `settle` has all copies made before it; and there all devices wait for each other. At a later layer there
-is nothing to wait for: what came from a peer at the layer before says that it has begun this pass.
+XLA copies it, and must have set its count to zero: devices wait for each other before such a kernel. Where a pass alone
+owns the cache, nothing is copied after its first layer has begun. Then the layers share one array of counts, zero before
+the first of them, and wait there alone: what came from a peer at the layer before says that it has begun this pass.
 
 Arithmetic is fp32 from the load to the store, and what is stored is rounded once. The gradient is that of the plain
 form.
@@ -61,7 +61,7 @@ class Arrivals(NamedTuple):
 
     Attributes:
       counts: pieces at each layer, int32 [L]; zero before the first.
-      layer: the one that is written next. At layer 0 devices wait for each other.
+      layer: the one that is written next. At layer 0 alone devices wait for each other.
     """
 
     counts: jax.Array
@@ -97,7 +97,8 @@ def rotate_into_cache(
         is m.
       received: `v` of the peer, where there is one and its values have travelled already. Without, they travel by the
         kernel.
-      arrivals: of the pass, whose layers' caches are from one `settle`. Without, this layer is the first and only one.
+      arrivals: of a pass that owns the cache of all its layers, all by the same peers. Without, devices wait for each
+        other.
 
     Returns:
       Rotated queries [B, F, m, N, D], keys and values of the cache, and the counts of `arrivals`.
@@ -108,31 +109,6 @@ def rotate_into_cache(
         numbers = slots, jnp.full(1, layer, jnp.int32)
         return _rotate(eps, peers, layer == 0, products, scales, factors, (keys, values, counts), numbers)
     return *_rotate(eps, peers, True, products, scales, factors, (keys, values), (slots,)), counts
-
-
-@jax.custom_vjp
-def settle(caches: list[jax.Array]) -> list[jax.Array]:
-    """Caches [B, 1, K, N, D] of all layers, of which XLA copies nothing any more before kernels that take them from
-    here write to them: an old cache that is still needed is copied before this, by a kernel that takes them all as if
-    it wrote there."""
-    return _settle_kernel(caches)
-
-
-settle.defvjp(lambda caches: (settle(caches), None), lambda _, cotangents: (cotangents,))
-
-
-def _settle_kernel(caches):
-    refs = [jax.new_ref(x[:, 0]) for x in caches]
-
-    def kernel(never_ref, *refs):
-        @pl.when(never_ref[0] != 0)
-        def _():
-            for ref in refs:
-                here = 0, pl.ds(0, TOKENS)
-                ref[here] = hopper_rows.load(ref.at[here], HEADS)
-
-    hopper_rows.launch(kernel, [], {"kernel_part": 1}, "settle")(jnp.zeros(1, jnp.int32), *refs)
-    return [jax.freeze(ref)[:, None] for ref in refs]
 
 
 def _factors(table):

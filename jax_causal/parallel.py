@@ -71,6 +71,10 @@ class Parallel(Protocol):
         """Whether unrolled layers run by `add_norm` and `attend_product` where they attend to a cache; `tokens` is S,
         without padding."""
 
+    def own(self, cache: KVCache) -> KVCache:
+        """The cache for a pass in a loop that carries it, so that no copy is made of it between two layers: what it was
+        before is needed nowhere else. For `KVCache` arrays of unrolled layers that run fused."""
+
     def add_norm(self, x, out, gate, norm, time, rows, *, eps: float):
         """`fused_norm.add_norm`."""
 
@@ -160,6 +164,9 @@ class SingleDevice:
         from jax_causal import hopper_rows  # on demand: importing Pallas takes its time
 
         return hopper_rows.suits(tokens, heads, head_dim, dtype)
+
+    def own(self, cache):
+        return cache
 
     def add_norm(self, x, out, gate, norm, time, rows, *, eps):
         from jax_causal import fused_norm

@@ -257,40 +257,40 @@ class Sharded:
             q, k = fused_rotation.normalise(qk, scales, eps)
             return self.attend_cached(q, k, v, table, cache, layer, placement, layout)
         ahead = peers.axis is not None and peers.count == 2
-        cached, counts = self._spec(self._cache_names[1:]), P(self.mesh.axis_names)
-        if cache.arrived is None:
-            cache = self._begin_pass(cache, cached)
-        unrolled = isinstance(cache.k, tuple)
-        layers, number = (len(cache.k), layer) if unrolled else (1, 0)
+        last = cache.arrived is None or layer == len(cache.k) - 1
 
-        def body(qk, v, scales, table, keys, values, arrived, slots, held):
+        def body(qk, v, scales, table, keys, values, counts, slots, held):
             received = jax.lax.ppermute(v, peers.axis, [(0, 1), (1, 0)]) if ahead else None
-            q, *held_here, arrived = fused_rotation.rotate_into_cache(
-                qk, v, scales, table, keys, values, slots, eps=eps, peers=peers, received=received,
-                arrivals=fused_rotation.Arrivals(arrived, number),
+            arrivals = None if counts is None else fused_rotation.Arrivals(counts, layer)
+            q, *held_here, counts = fused_rotation.rotate_into_cache(
+                qk, v, scales, table, keys, values, slots,
+                eps=eps, peers=peers, received=received, arrivals=arrivals,
             )  # fmt: skip
             out = causal_rope_sp.attend_held(q, *held_here, layout.part_length(held), self.backend)
-            return out, *held_here, arrived
+            return out, *held_here, None if last else counts
 
-        tokens, qk_spec = self._spec(QKV), self._spec((*QKV, None))
-        in_specs = (qk_spec, tokens, P(), self._spec(TABLE), cached, cached, counts, P(), P())
+        tokens, cached = self._spec(QKV), self._spec(self._cache_names[1:])
+        counts = P(self.mesh.axis_names)
+        in_specs = (
+            self._spec((*QKV, None)),
+            tokens,
+            P(),
+            self._spec(TABLE),
+            cached,
+            cached,
+            counts,
+            P(),
+            P(),
+        )
         run = self._shard_map(body, in_specs, (tokens, cached, cached, counts), check_vma=False)
         slots, held = jnp.asarray(placement.slots), jnp.asarray(placement.held)
         out, *both, arrived = run(qk, v, scales, table, *cache.read(layer), cache.arrived, slots, held)
-        cache = cache.replace_layer(layer, *both)
-        # The last layer leaves a cache like the one that the first was given.
-        return out, cache if number == layers - 1 else dataclasses.replace(cache, arrived=arrived)
+        return out, dataclasses.replace(cache.replace_layer(layer, *both), arrived=arrived)
 
-    def _begin_pass(self, cache: KVCache, spec: P) -> KVCache:
-        """The cache before the first layer of a pass in which devices write to each other's."""
-        from jax_causal import fused_rotation
-
-        count = self.mesh.size
-        if isinstance(cache.k, tuple):
-            run = self._shard_map(fused_rotation.settle, (spec,), spec, check_vma=False)
-            settled, count = run([*cache.k, *cache.v]), count * len(cache.k)
-            cache = KVCache(tuple(settled[: len(cache.k)]), tuple(settled[len(cache.k) :]))
-        return dataclasses.replace(cache, arrived=jnp.zeros(count, jnp.int32))
+    def own(self, cache):
+        if not isinstance(cache.k, tuple):
+            return cache
+        return dataclasses.replace(cache, arrived=jnp.zeros(self.mesh.size * len(cache.k), jnp.int32))
 
     def _peers(self, tokens):
         """The devices whose caches a kernel writes to; None where `gather` is not by such a kernel."""

@@ -5,15 +5,13 @@
     PYTHONPATH=. python tests/gpu/rope_fusion.py --print      # only says where the rotation is in the fixture
 
 The program is the denoising step of two layers of the 1.3B shape, in bf16, through the `shard_map` of Causal-RoPE SP:
-once as XLA fuses it, on one GPU ("xla"), and once by the kernels of `fused_rotation`, on two ("kernel"); "kept" is two
-passes of these kernels over one cache, which XLA must copy. Run it again, and commit the file, whenever the test says
-that the fixture is stale.
+once as XLA fuses it, on one GPU ("xla"), and once by the kernels of `fused_rotation`, on two ("kernel"). Run it again,
+and commit the file, whenever the test says that the fixture is stale.
 """
 
 import argparse
 import ast
 import dataclasses
-import functools
 import gzip
 import hashlib
 import json
@@ -44,7 +42,7 @@ from tests.gpu import compiled_for
 
 FIXTURE = Path(__file__).with_name("rope_fusion.hlo.gz")
 LAYERS = 2
-FORMS = {"xla": 1, "kernel": 2, "kept": 2}  # how the layers run, and on how many devices
+FORMS = {"xla": 1, "kernel": 2}  # how the layers run, and on how many devices
 SOURCES = (
     attention_hopper, attention_plan, attention_tile, fused_norm, fused_rotation, hopper_rows, mesh, sequence_parallel
 )  # fmt: skip
@@ -116,21 +114,10 @@ def _block(form: str, devices, backend: str = "auto"):
 def compile_text(form: str, devices, *, described: bool) -> str:
     """The optimised program for the devices, real or described."""
     spec, arguments = _block(form, devices)
-    if form == "kept":
-        lowered = jax.jit(functools.partial(_twice, spec)).lower(*arguments)
-    else:
-        lowered = rollout.denoise_block.lower(spec, *arguments)
+    lowered = rollout.denoise_block.lower(spec, *arguments)
     if described:
         return compiled_for.compiled_text(lowered)
     return re.sub(r'"[^"\n]{2000,}"', '""', lowered.compile().as_text())  # without the code of Pallas kernels
-
-
-def _twice(spec, params, cache, text, noise, renoise, place):
-    """What two passes, of unlike blocks, write to the same cache."""
-    return [
-        rollout.write_context(spec, params, cache, text, x, place, jnp.float32(0))
-        for x in (noise, renoise[0])
-    ]
 
 
 def read() -> tuple[dict, dict[str, Program]]:

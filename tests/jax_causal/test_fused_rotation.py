@@ -123,12 +123,6 @@ def test_devices_wait_for_each_other_before_the_first_layer_alone(machine):
     assert (machine.memory[1][2] > 0).all()
 
 
-def test_settling_changes_nothing(machine):
-    *_, keys, values, _ = _queries()
-    for new, old in zip(fused_rotation.settle([keys, values]), (keys, values), strict=True):
-        np.testing.assert_array_equal(f64(new), f64(old))
-
-
 @pytest.mark.parametrize(
     ("tokens", "devices", "rows", "able"), [(20, 2, 10, True), (28, 3, 10, False), (26, 3, 12, False)]
 )
