@@ -19,12 +19,12 @@ import jax
 from jax.profiler import ProfileData
 
 # The first that matches counts: cuDNN's attention kernels have "fprop" in their names, its convolutions "gemm". The
-# kernel that writes to the caches of other devices is a collective, whatever else it computes.
+# kernel that writes to the caches of other devices is a collective, whatever else it computes, and so is a copy to one.
 COMPONENTS = {
     "attention": r"attention|sdpa|fmha",
     "convolutions": r"fprop|conv(?!ert)|winograd",
     "products": r"gemm|gemv|nvjet|cutlass|cublas|dot|ynn|matmul|splitk",
-    "collectives": r"nccl|all-|all_|collective|reduce-scatter|permute|multigpubarrier|into_caches",
+    "collectives": r"nccl|all-|all_|collective|reduce-scatter|permute|multigpubarrier|into_caches|memcpyp2p",
     "copies": r"memcpy|memset|^copy|transpose_copy",
     "elementwise": "",
 }

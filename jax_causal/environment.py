@@ -21,7 +21,7 @@ from pathlib import Path
 GPU_FLAGS = {
     "xla_gpu_enable_triton_gemm": "false",  # cuBLAS for every product: 5-10 % of a denoising pass on an H200
     "xla_gpu_enable_latency_hiding_scheduler": "true",  # overlaps collectives with computation
-    "xla_gpu_use_memcpy_local_p2p": "true",  # what one GPU sends to one other goes by the copy engine
+    "xla_gpu_collective_permute_mode": "peer",  # one GPU to one other of its process: by the copy engine
 }
 
 

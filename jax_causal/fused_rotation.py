@@ -9,7 +9,7 @@ the others, and its kernel ends when that is all.
 
 Before a device writes to a peer's cache, the peer must have ended what it read there, must have copied the cache where
 XLA copies it, and must have set its count to zero: devices wait for each other before such a kernel. Where a pass alone
-owns the cache, nothing is copied after its first layer has begun. Then the layers share one array of counts, zero before
+owns the cache, nothing is copied once its first layer has begun. Then the layers share one array of counts, zero before
 the first of them, and wait there alone: what came from a peer at the layer before says that it has begun this pass.
 
 Arithmetic is fp32 from the load to the store, and what is stored is rounded once. The gradient is that of the plain

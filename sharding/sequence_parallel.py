@@ -16,7 +16,7 @@ from jax_causal.cache import CacheLayout, KVCache, Placement
 from jax_causal.config import ModelConfig, TransformerConfig
 from jax_causal.parallel import SingleDevice
 from jax_causal.transformer_layers import ACTIVATION
-from sharding import causal_rope_sp, halo, specs
+from sharding import causal_rope_sp, direct, halo, specs
 from sharding.causal_rope_sp import Shares
 from sharding.mesh import HEADS, SEQ, make_mesh, pick_devices
 from sharding.specs import CACHE, QKV, TABLE, Rules
@@ -251,40 +251,24 @@ class Sharded:
         return run(x, out, param, norm, time)
 
     def attend_product(self, qk, v, scales, table, cache, layer, placement, layout, eps):
-        from jax_causal import fused_rotation
-
         if (peers := self._peers(layout.tokens)) is None:
-            q, k = fused_rotation.normalise(qk, scales, eps)
+            q, k = direct.normalise(qk, scales, eps)
             return self.attend_cached(q, k, v, table, cache, layer, placement, layout)
-        ahead = peers.axis is not None and peers.count == 2
-        last = cache.arrived is None or layer == len(cache.k) - 1
-
-        def body(qk, v, scales, table, keys, values, counts, slots, held):
-            received = jax.lax.ppermute(v, peers.axis, [(0, 1), (1, 0)]) if ahead else None
-            arrivals = None if counts is None else fused_rotation.Arrivals(counts, layer)
-            q, *held_here, counts = fused_rotation.rotate_into_cache(
-                qk, v, scales, table, keys, values, slots,
-                eps=eps, peers=peers, received=received, arrivals=arrivals,
-            )  # fmt: skip
-            out = causal_rope_sp.attend_held(q, *held_here, layout.part_length(held), self.backend)
-            return out, *held_here, None if last else counts
-
-        tokens, cached = self._spec(QKV), self._spec(self._cache_names[1:])
-        counts = P(self.mesh.axis_names)
-        in_specs = (
-            self._spec((*QKV, None)),
-            tokens,
-            P(),
-            self._spec(TABLE),
-            cached,
-            cached,
-            counts,
-            P(),
-            P(),
+        body = functools.partial(
+            direct.attend,
+            peers=peers,
+            eps=eps,
+            layout=layout,
+            layer=layer,
+            last=layer == len(cache.k) - 1,
+            backend=self.backend,
         )
+        tokens, pairs, cached = (self._spec(x) for x in (QKV, (*QKV, None), self._cache_names[1:]))
+        counts = P(self.mesh.axis_names)
+        in_specs = (pairs, tokens, P(), self._spec(TABLE), cached, cached, counts, P(), P())
         run = self._shard_map(body, in_specs, (tokens, cached, cached, counts), check_vma=False)
-        slots, held = jnp.asarray(placement.slots), jnp.asarray(placement.held)
-        out, *both, arrived = run(qk, v, scales, table, *cache.read(layer), cache.arrived, slots, held)
+        numbers = jnp.asarray(placement.slots), jnp.asarray(placement.held)
+        out, *both, arrived = run(qk, v, scales, table, *cache.read(layer), cache.arrived, *numbers)
         return out, dataclasses.replace(cache.replace_layer(layer, *both), arrived=arrived)
 
     def own(self, cache):
@@ -294,14 +278,9 @@ class Sharded:
 
     def _peers(self, tokens):
         """The devices whose caches a kernel writes to; None where `gather` is not by such a kernel."""
-        from jax_causal import fused_rotation
-
-        devices = self.mesh.devices.ravel()
-        # What such kernels ask for.
-        alone = jax.process_count() == 1 and [d.id for d in devices] == list(range(len(devices)))
-        able = self.direct and self.strategy.gathers and alone and fused_rotation.can_reach_peers()
-        peers = fused_rotation.Peers(self.strategy.seq, tokens, SEQ)
-        return peers if able and peers.suit(self.shares(tokens).rows) else None
+        if not (self.direct and self.strategy.gathers):
+            return None
+        return direct.peers(self.mesh, self.strategy.seq, tokens, self.shares(tokens).rows)
 
     def attend(self, q, k, v, table, tokens, frame_mask=None):
         body = functools.partial(

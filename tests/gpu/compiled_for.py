@@ -67,9 +67,15 @@ def described_cards(count: int) -> list[jax.Device]:
     return topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology=topology).devices
 
 
+def compiler_options() -> dict:
+    """The flags of the command line, as `compile` takes them."""
+    values = {"true": True, "false": False, "peer": "COLLECTIVES_PEER_MEMORY"}
+    return {name: values[value] for name, value in environment.GPU_FLAGS.items()}
+
+
 def compiled_text(lowered) -> str:
     """The optimised program, without the code of kernels written in Pallas."""
-    options = {name: value == "true" for name, value in environment.GPU_FLAGS.items()}
+    options = compiler_options()
     options["xla_gpu_autotune_level"] = 0
     return re.sub(r'"[^"\n]{2000,}"', '""', lowered.compile(options).as_text())
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_causal import environment, fused_norm, fused_rotation, rope
+from jax_causal import fused_norm, fused_rotation, rope
 from jax_causal.fused_norm import Rows
 from jax_causal.transformer_layers import inverse_rms, layer_norm
 from tests.gpu import compiled_for
@@ -174,7 +174,7 @@ def draw(tree):
 
 
 def compiled(program, step, calls, arguments, donated):
-    options = {name: value == "true" for name, value in environment.GPU_FLAGS.items()}
+    options = compiled_for.compiler_options()
     run = jax.jit(functools.partial(program, step, calls), donate_argnums=donated)
     return run.lower(*arguments).compile(options)
 

@@ -33,7 +33,7 @@ from jax_causal import (
     hopper_rows,
     rollout,
 )
-from sharding import mesh, sequence_parallel
+from sharding import direct, mesh, sequence_parallel
 from sharding.compiled import abstract_block
 from sharding.hlo import Instruction, Program
 from sharding.mesh import make_mesh
@@ -44,7 +44,8 @@ FIXTURE = Path(__file__).with_name("rope_fusion.hlo.gz")
 LAYERS = 2
 FORMS = {"xla": 1, "kernel": 2}  # how the layers run, and on how many devices
 SOURCES = (
-    attention_hopper, attention_plan, attention_tile, fused_norm, fused_rotation, hopper_rows, mesh, sequence_parallel
+    attention_hopper, attention_plan, attention_tile, direct, fused_norm, fused_rotation, hopper_rows, mesh,
+    sequence_parallel,
 )  # fmt: skip
 _BETWEEN = "\n=====\n"
 # Versions of jax write these in different ways, and indices too; what is computed does not depend on them.

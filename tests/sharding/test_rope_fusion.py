@@ -95,6 +95,7 @@ def test_values_travel_while_queries_and_keys_are_multiplied():
     assert [sent.collective.kind for sent in program.sent()] == ["collective-permute"] * len(kernels)
     for kernel, sent in zip(kernels, program.sent(), strict=True):
         assert sent.collective.bytes == 784 * 3 * 1536 * 2
+        assert "COLLECTIVES_PEER_MEMORY" in sent.instruction.attributes  # by the copy engine
         start = around[sent.instruction.operands[0]]
         assert "matmul" in _source(around, start.operands[0]).attributes
         qk = _producer(around, kernel.operands[0])
