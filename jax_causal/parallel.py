@@ -102,8 +102,8 @@ class Parallel(Protocol):
     def constrain(self, x, names):
         """`x` laid out by the logical names of its axes; a hint to the partitioner."""
 
-    def halo(self, run, x, columns: tuple[int, int], weights, *others):
-        """Runs a layer of the VAE that sees columns beyond the width of its activation x; see `vae_layers.alone`."""
+    def halo(self, run, seen, columns: tuple[int, int], weights, *others):
+        """Runs a layer of the VAE that sees columns beyond the width of its activations; see `vae_layers.alone`."""
 
     def to_tokens(self, latent, patch: int):
         """Latent [B, F, C, h, w] to patch tokens [B, F, S, patch * patch * C], channel fastest; S may be padded."""
@@ -198,8 +198,8 @@ class SingleDevice:
     def constrain(self, x, names):
         return x
 
-    def halo(self, run, x, columns, weights, *others):
-        return alone(run, x, columns, weights, *others)
+    def halo(self, run, seen, columns, weights, *others):
+        return alone(run, seen, columns, weights, *others)
 
     def to_tokens(self, latent, patch):
         return rearrange(latent, "b f c (h p) (w q) -> b f (h w) (p q c)", p=patch, q=patch)

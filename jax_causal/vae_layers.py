@@ -19,19 +19,27 @@ _FEW_OUTPUTS = 4
 ACTIVATION_AXES = ("batch", "time", "height", "width", "channels")
 
 
-def alone(run, x, columns: tuple[int, int], weights, *others):
-    """Runs a layer that sees columns beyond the width of x [B, T, H, W, C], as `run(x, columns, weights, *others)`.
+def alone(run, seen, columns: tuple[int, int], weights, *others):
+    """Runs a layer that sees columns beyond the width of its inputs, as `run(parts, columns, weights, *others)`.
 
-    This is where the whole width is here: `columns` to the left and to the right are zeros, and the layer pads. Where
-    neighbours are on other devices, x comes with their columns, and zeros at both ends; the layer then pads nothing.
+    This is where the whole width is here: the only part is `seen`, `columns` to the left and to the right are zeros,
+    and the layer pads. Where neighbours are on other devices, their columns, or zeros at both ends of the width, are
+    parts beside it; the layer then pads nothing.
 
     Args:
-      run: returns an activation [B, T, H', W', C'] whose columns are those of x, or of each as many.
+      run: takes parts from left to right, each of as many activations as `seen`, and returns an activation [B, T, H',
+        W', C'] whose columns are those of `seen`, or of each as many.
+      seen: activations [B, T, H, W, C] that differ in T alone.
       columns: how many the layer sees to the left and to the right.
       weights: arrays that all devices hold whole.
       others: activations of the width of what `run` returns.
     """
-    return run(x, columns, weights, *others)
+    return run([seen], columns, weights, *others)
+
+
+def _side_by_side(parts):
+    """[B, T, H, W, C] of arrays that differ in W."""
+    return jnp.concatenate(list(parts), axis=3)
 
 
 class Stream:
@@ -90,7 +98,7 @@ def causal_conv(history, x, kernel, form: str, *, bias=0, residual=0, stride: in
     if form == "auto":
         two_dimensional = "spread" if kernel.shape[-1] <= _FEW_OUTPUTS else "folded"
         form = two_dimensional if jax.default_backend() in ("cpu", "gpu") else "3d"
-    padding = [(size // 2, size // 2) for size in kernel.shape[1:3]]
+    rows, columns = padding = [(size // 2, size // 2) for size in kernel.shape[1:3]]
     if form == "3d":
         y = jax.lax.conv_general_dilated(
             jnp.concatenate([history, x], axis=1),
@@ -100,14 +108,27 @@ def causal_conv(history, x, kernel, form: str, *, bias=0, residual=0, stride: in
             dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
         )
         return y + bias + residual
-    if form == "spread":
+
+    def spread(parts, columns, weights, *residual):
+        kernel, *bias = weights
         kernel = jnp.concatenate(list(kernel), axis=-1)
-        spread = [_conv2d(frames, kernel, padding, halo=halo).astype(jnp.float32) for frames in (history, x)]
+        seen = map(_side_by_side, zip(*parts, strict=True))
+        spread = [_conv2d(frames, kernel, rows, columns).astype(jnp.float32) for frames in seen]
         by_tap = zip(*(jnp.split(y, 3, axis=-1) for y in spread), strict=True)
         taps = [_tap(*parts, t, stride) for t, parts in enumerate(by_tap)]
-        return sum(taps).astype(kernel.dtype) + bias + residual
-    taps = jnp.concatenate([_tap(history, x, t, stride) for t in range(3)], axis=-1)
-    return _conv2d(taps, jnp.concatenate(list(kernel), axis=-2), padding, bias, residual, halo)
+        return sum((*bias, *residual), start=sum(taps).astype(kernel.dtype))
+
+    def folded(parts, columns, weights, *residual):
+        kernel, *bias = weights
+        # Part by part: XLA would write down parts that are joined before.
+        taps = [jnp.concatenate([_tap(*seen, t, stride) for t in range(3)], axis=-1) for seen in parts]
+        return _conv2d(
+            _side_by_side(taps), jnp.concatenate(list(kernel), axis=-2), rows, columns, *bias, *residual
+        )
+
+    weights, others = (() if isinstance(term, int) else (term,) for term in (bias, residual))
+    run = spread if form == "spread" else folded
+    return halo(run, (history, x), columns, (kernel, *weights), *others)
 
 
 def _tap(history, x, tap: int, stride: int):
@@ -118,25 +139,17 @@ def _tap(history, x, tap: int, stride: int):
     return x[:, ::stride]
 
 
-def _conv2d(x, kernel, padding, bias=0, residual=0, halo=alone):
-    """Each frame of [B, T, H, W, C] convolved with [kh, kw, C, O], plus `bias` and `residual`.
+def _conv2d(x, kernel, rows: tuple[int, int], columns: tuple[int, int], *terms):
+    """Each frame of [B, T, H, W, C] convolved with [kh, kw, C, O], padded by so many rows and columns, plus `terms`,
+    [O] or of the shape of the result.
 
-    Both are added while frames are still a batch: only so does XLA add them in the convolution's kernel on GPUs.
+    They are added while frames are still a batch: only so does XLA add them in the convolution's kernel on GPUs.
     """
-
-    def run(x, columns, weights, *residual):
-        kernel, *bias = weights
-        frames = x.reshape(-1, *x.shape[2:])
-        numbers = ("NHWC", "HWIO", "NHWC")
-        y = jax.lax.conv_general_dilated(
-            frames, kernel, (1, 1), [padding[0], columns], dimension_numbers=numbers
-        )
-        for term in (*bias, *(r.reshape(y.shape) for r in residual)):
-            y = y + term
-        return y.reshape(*x.shape[:2], *y.shape[1:])
-
-    weights, others = (() if isinstance(term, int) else (term,) for term in (bias, residual))
-    return halo(run, x, padding[1], (kernel, *weights), *others)
+    frames, numbers = x.reshape(-1, *x.shape[2:]), ("NHWC", "HWIO", "NHWC")
+    y = jax.lax.conv_general_dilated(frames, kernel, (1, 1), [rows, columns], dimension_numbers=numbers)
+    for term in terms:
+        y = y + (term if term.ndim == 1 else term.reshape(y.shape))
+    return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
 # One output row of a nearest-2x upsampled image sees 3 upsampled rows, hence 2 original ones:
@@ -163,15 +176,16 @@ def upsampling_conv(x, kernel, halo=alone):
     )
     kernel = phases.astype(x.dtype).reshape(2, 2, kernel.shape[2], -1)
 
-    def run(x, columns, kernel):
+    def run(parts, columns, weights):
+        x, (kernel,) = _side_by_side(x for (x,) in parts), weights
         b, t, h, _, _ = x.shape
-        y = _conv2d(x, kernel, [(1, 1), columns])
+        y = _conv2d(x, kernel, (1, 1), columns)
         w = y.shape[3] - 1
         y = y.reshape(b, t, h + 1, w + 1, 2, 2, -1)
         rows = [jnp.stack([y[:, :, p : p + h, q : q + w, p, q] for q in (0, 1)], axis=4) for p in (0, 1)]
         return jnp.stack(rows, axis=3).reshape(b, t, 2 * h, 2 * w, -1)
 
-    return halo(run, x, (1, 1), kernel)
+    return halo(run, (x,), (1, 1), (kernel,))
 
 
 class CausalConv(nnx.Conv):
@@ -184,8 +198,14 @@ class CausalConv(nnx.Conv):
         history = stream.history(x, 2)
         if stream.lone and x.shape[1] == 1:
             # A clip's first frame by itself: behind it are zeros only, which two of three taps can leave out.
-            padding = [(size // 2, size // 2) for size in self.kernel_size[1:]]
-            return _conv2d(x, self.kernel[...][2], padding, self.bias[...], halo=stream.halo, **options)
+            rows, columns = ((size // 2, size // 2) for size in self.kernel_size[1:])
+            weights, others = (self.kernel[...][2], self.bias[...]), options.values()
+
+            def run(parts, columns, weights, *residual):
+                kernel, bias = weights
+                return _conv2d(_side_by_side(x for (x,) in parts), kernel, rows, columns, bias, *residual)
+
+            return stream.halo(run, (x,), columns, weights, *others)
         return self.behind(history, x, stream, **options)
 
     def behind(self, history, x, stream: Stream, **options):

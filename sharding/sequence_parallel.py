@@ -174,8 +174,8 @@ class Sharded:
     def constrain(self, x, names):
         return jax.lax.with_sharding_constraint(x, self.rules.sharding(names, self.mesh))
 
-    def halo(self, run, x, columns, weights, *others):
-        return halo.exchange(self.mesh, self.rules, run, x, columns, weights, *others)
+    def halo(self, run, seen, columns, weights, *others):
+        return halo.exchange(self.mesh, self.rules, run, seen, columns, weights, *others)
 
     def to_tokens(self, latent, patch):
         tokens = SingleDevice().to_tokens(latent, patch)
