@@ -20,26 +20,20 @@ ACTIVATION_AXES = ("batch", "time", "height", "width", "channels")
 
 
 def alone(run, seen, columns: tuple[int, int], weights, *others):
-    """Runs a layer that sees columns beyond the width of its inputs, as `run(parts, columns, weights, *others)`.
+    """Runs a layer that sees columns beyond the width of its inputs, as `run(seen, columns, weights, *others)`.
 
-    This is where the whole width is here: the only part is `seen`, `columns` to the left and to the right are zeros,
-    and the layer pads. Where neighbours are on other devices, their columns, or zeros at both ends of the width, are
-    parts beside it; the layer then pads nothing.
+    This is where the whole width is here: `columns` to the left and to the right are zeros, and the layer pads. Where
+    neighbours are on other devices, the layer runs so too, and once more for the outermost columns of its result: with
+    the neighbours' columns, padding nothing.
 
     Args:
-      run: takes parts from left to right, each of as many activations as `seen`, and returns an activation [B, T, H',
-        W', C'] whose columns are those of `seen`, or of each as many.
-      seen: activations [B, T, H, W, C] that differ in T alone.
+      run: returns an activation [B, T, H', W', C'] whose columns are those of its inputs, or of each as many.
+      seen: tuple of activations [B, T, H, W, C] that differ in T alone.
       columns: how many the layer sees to the left and to the right.
       weights: arrays that all devices hold whole.
       others: activations of the width of what `run` returns.
     """
-    return run([seen], columns, weights, *others)
-
-
-def _side_by_side(parts):
-    """[B, T, H, W, C] of arrays that differ in W."""
-    return jnp.concatenate(list(parts), axis=3)
+    return run(seen, columns, weights, *others)
 
 
 class Stream:
@@ -109,22 +103,18 @@ def causal_conv(history, x, kernel, form: str, *, bias=0, residual=0, stride: in
         )
         return y + bias + residual
 
-    def spread(parts, columns, weights, *residual):
+    def spread(seen, columns, weights, *residual):
         kernel, *bias = weights
         kernel = jnp.concatenate(list(kernel), axis=-1)
-        seen = map(_side_by_side, zip(*parts, strict=True))
         spread = [_conv2d(frames, kernel, rows, columns).astype(jnp.float32) for frames in seen]
         by_tap = zip(*(jnp.split(y, 3, axis=-1) for y in spread), strict=True)
         taps = [_tap(*parts, t, stride) for t, parts in enumerate(by_tap)]
         return sum((*bias, *residual), start=sum(taps).astype(kernel.dtype))
 
-    def folded(parts, columns, weights, *residual):
+    def folded(seen, columns, weights, *residual):
         kernel, *bias = weights
-        # Part by part: XLA would write down parts that are joined before.
-        taps = [jnp.concatenate([_tap(*seen, t, stride) for t in range(3)], axis=-1) for seen in parts]
-        return _conv2d(
-            _side_by_side(taps), jnp.concatenate(list(kernel), axis=-2), rows, columns, *bias, *residual
-        )
+        taps = jnp.concatenate([_tap(*seen, t, stride) for t in range(3)], axis=-1)
+        return _conv2d(taps, jnp.concatenate(list(kernel), axis=-2), rows, columns, *bias, *residual)
 
     weights, others = (() if isinstance(term, int) else (term,) for term in (bias, residual))
     run = spread if form == "spread" else folded
@@ -176,8 +166,8 @@ def upsampling_conv(x, kernel, halo=alone):
     )
     kernel = phases.astype(x.dtype).reshape(2, 2, kernel.shape[2], -1)
 
-    def run(parts, columns, weights):
-        x, (kernel,) = _side_by_side(x for (x,) in parts), weights
+    def run(seen, columns, weights):
+        (x,), (kernel,) = seen, weights
         b, t, h, _, _ = x.shape
         y = _conv2d(x, kernel, (1, 1), columns)
         w = y.shape[3] - 1
@@ -201,9 +191,9 @@ class CausalConv(nnx.Conv):
             rows, columns = ((size // 2, size // 2) for size in self.kernel_size[1:])
             weights, others = (self.kernel[...][2], self.bias[...]), options.values()
 
-            def run(parts, columns, weights, *residual):
+            def run(seen, columns, weights, *residual):
                 kernel, bias = weights
-                return _conv2d(_side_by_side(x for (x,) in parts), kernel, rows, columns, bias, *residual)
+                return _conv2d(*seen, kernel, rows, columns, bias, *residual)
 
             return stream.halo(run, (x,), columns, weights, *others)
         return self.behind(history, x, stream, **options)
@@ -255,8 +245,11 @@ class Attention(nnx.Module):
 
     def __call__(self, x, stream: Stream):
         b, t, h, w, c = x.shape
-        q, k, v = jnp.split(self.to_qkv(self.norm(x)).reshape(b * t, h * w, 1, 3 * c), 3, axis=-1)
-        return x + self.proj(jax.nn.dot_product_attention(q, k, v).reshape(x.shape))
+        # By columns: where the width is shared by devices, so are the positions then, and each has its own queries.
+        y = jnp.swapaxes(self.norm(x), 2, 3)
+        q, k, v = jnp.split(self.to_qkv(y).reshape(b * t, w * h, 1, 3 * c), 3, axis=-1)
+        y = self.proj(jax.nn.dot_product_attention(q, k, v)).reshape(y.shape)
+        return x + jnp.swapaxes(y, 2, 3)
 
 
 class Downsample(nnx.Module):

@@ -236,7 +236,7 @@ def test_state_is_zero_and_updated_in_place():
 
 
 def test_width_can_be_sharded():
-    """Convolutions exchange their halos; only the attention of the middle block gathers."""
+    """Convolutions exchange their halos; only the attention of the middle block gathers, keys and values."""
     devices = len(jax.devices())
     mesh = jax.make_mesh((devices,), ("width",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec(None, None, None, "width"))
@@ -260,7 +260,7 @@ def test_width_can_be_sharded():
     np.testing.assert_allclose(video, expected, atol=1e-5)
     # Slot 0 holds the latents themselves, which `constrain` does not see.
     assert all(x.sharding.is_equivalent_to(sharding, x.ndim) for x in (video, *state[1:]))
-    assert len(re.findall(r" all-gather(?:-start)?\(", compiled.as_text())) <= 1
+    assert len(re.findall(r" all-gather(?:-start)?\(", compiled.as_text())) <= 2
 
 
 # Layers

@@ -16,6 +16,7 @@ from jax_causal.config import PRESETS, VAEConfig
 from jax_causal.rollout import RolloutSpec
 from jax_causal.vae import VAE
 from jax_causal.vae_layers import ACTIVATION_AXES
+from sharding import halo
 from tests.sharding import seeded
 
 pytestmark = pytest.mark.sp
@@ -29,6 +30,7 @@ HEIGHT = 4  # of the latents
 # finer stages divide; with a batch on an axis of its own.
 CASES = {
     "even": (("gather", 8), 16),
+    "two": (("gather", 2), 8),
     "uneven": (("gather", 8), 12),
     "narrow": (("ring", 8), 6),
     "heads": (("ulysses", 4), 8),
@@ -64,7 +66,15 @@ def _stream(method, parallel, x, cuts):
     return np.concatenate(out, axis=1)
 
 
-@pytest.mark.parametrize("name", _cases(["even", "uneven"], slow=["narrow", "heads", "data"]))
+@pytest.fixture(params=[False, True], ids=["joined", "edges"])
+def _form(request, monkeypatch):
+    """How neighbours' columns are used: joined to one's own, or for the outermost columns of a result."""
+    if request.param:
+        monkeypatch.setattr(halo, "NARROW", 0)
+
+
+@pytest.mark.parametrize("name", _cases(["even", "two", "uneven"], slow=["narrow", "heads", "data"]))
+@pytest.mark.usefixtures("_form")
 def test_decode(name):
     """Streamed over devices, block by block, against one device and all frames at once."""
     case, width = CASES[name]
