@@ -280,19 +280,20 @@ class Pipeline:
                 timed("context", cache)
             begin = clean.shape[1]
 
+        before = None
         for index, (start, size) in enumerate(rollout.block_sizes(request.num_frames, spec.sampler, begin)):
             noise, renoise = self._noise(request, index, start, size, dtype)
             place = spec.place(start, size)
             timed.start()
-            x0, cache = rollout.denoise_block(spec, params, cache, text, noise, renoise, place)
+            if before and (timed.report or before.x0.shape != noise.shape):
+                t = np.float32(spec.sampler.context_noise)
+                cache = rollout.write_context(spec, params, cache, text, *before, t)
+                before = None
+                timed("context", cache)
+            x0, cache = rollout.denoise_block(spec, params, cache, text, noise, renoise, place, before)
             timed("denoise", x0)
             yield x0
-            if start + size == request.num_frames:
-                return  # nobody will look at the last block's keys
-            timed.start()
-            t = np.float32(spec.sampler.context_noise)
-            cache = rollout.write_context(spec, params, cache, text, x0, place, t)
-            timed("context", cache)
+            before = rollout.Clean(x0, place)  # its context pass is the next block's business
 
     def _noise(self, request: Request, index, start, size, dtype):
         spec = request.spec
