@@ -207,15 +207,15 @@ def from_tokens(spec: RolloutSpec, tokens) -> jax.Array:
 # The block step.
 
 
-def predict(spec: RolloutSpec, params, cache: KVCache, text: TextKV, x, t, placement: Placement):
-    """One network pass at timestep `t` (fp32 []) over x [B, F, S, 4C].
+def predict(spec: RolloutSpec, params, cache: KVCache, text: TextKV, x, t, placement: Placement, table=None):
+    """One network pass at timestep `t` (fp32 []) over x [B, F, S, 4C]; `table` as of `CausalDiT.denoise`.
 
     Returns:
       flow and clean prediction x0, both [B, F, S, 4C], and the cache with this pass's keys and values.
     """
     network = transformer.bind(spec.transformer, params)
     times = jnp.full((*x.shape[:1], 1), t, jnp.float32)
-    v, cache = network.denoise(x, times, text, cache, placement, spec.layout, spec.grid, spec.parallel)
+    v, cache = network.denoise(x, times, text, cache, placement, spec.layout, spec.grid, spec.parallel, table)
     return v, flow.x0_from_flow(x, v, flow.sigma_at(t, spec.sampler.shift)), cache
 
 
@@ -257,23 +257,26 @@ def denoise_block(
     # The last pass adds no noise: sigma 0 times nothing, so that all passes are one loop body.
     sigmas = jnp.append(flow.sigma_at(times[1:], spec.sampler.shift), 0)
     draws = jnp.concatenate([renoise, jnp.zeros_like(noise)[None]])
-    x, times, places = noise, jnp.asarray(times), [placement] * len(times)
+    x, times, blocks = noise, jnp.asarray(times), [placement]
     if before is not None:
         # Behind the context pass of the block before, this one begins as nothing but noise: sigma 1.
         x, times = before.x0, jnp.append(jnp.float32(spec.sampler.context_noise), times)
         sigmas, draws = jnp.append(1, sigmas), jnp.concatenate([noise[None], draws])
-        places.insert(0, before.placement)
+        blocks.insert(0, before.placement)
+    # Rotary factors are made here, once for all passes of a block.
+    tables = [spec.parallel.rope(block.frames, *spec.grid, spec.head_dim) for block in blocks]
+    of_block = jax.tree.map(lambda *x: jnp.stack(x), *zip(blocks, tables, strict=True))
+    index = np.minimum(np.arange(len(times)), len(blocks) - 1)
 
     def step(carry, inputs):
         x, cache = carry
-        t, sigma, eps, place = inputs
-        if len(places) > 1:  # XLA makes no loop of one step
+        t, sigma, eps, block = inputs
+        if len(times) > 1:  # XLA makes no loop of one step
             cache = spec.parallel.own(cache)
-        _, x0, cache = predict(spec, params, cache, text, x, t, place)
+        _, x0, cache = predict(spec, params, cache, text, x, t, *jax.tree.map(lambda x: x[block], of_block))
         return (flow.add_noise(x0, eps, sigma), cache), None
 
-    places = jax.tree.map(lambda *of: jnp.stack(of), *places)
-    (x0, cache), _ = jax.lax.scan(step, (x, cache), (times, sigmas, draws, places))
+    (x0, cache), _ = jax.lax.scan(step, (x, cache), (times, sigmas, draws, index))
     return x0, cache
 
 
