@@ -169,7 +169,8 @@ class Pipeline:
           renoise: noise added between passes, in place of the seed's: one [F, C, h, w] or [B, F, C, h, w] for
             every step but the last of every block, in order.
           report: called with (phase, seconds) after each phase. Timing waits for the device after every phase;
-            without it, the next block is started before a chunk is handed over.
+            without it, the next block is started before a chunk is handed over, and the context pass of a block is
+            part of the next block's program.
 
         Raises:
           ValueError: frame counts, sizes, noise or prompts that do not fit; nearby values that do are named.
