@@ -102,13 +102,15 @@ def swap_pairs(x):
 # Counts are int32 [] in global memory. Semaphores of Pallas would do, but each kernel has its own.
 
 
-def count_one(ref):
-    """Adds one to a count, perhaps of another device, which then sees what this block of threads has written before."""
+def count_one(ref, *, alone: bool = False):
+    """Adds one to a count, perhaps of another device unless `alone`. Who sees it sees what this block of threads, or
+    this warpgroup of it, has written before."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def count(ctx, ref):
         mgpu_utils.warpgroup_barrier()
-        mgpu_utils.SemaphoreRef(mgpu_utils.memref_ptr(ref)).signal(1)
+        semaphore = mgpu_utils.SemaphoreRef(mgpu_utils.memref_ptr(ref))
+        semaphore.signal(1, memory_scope="gpu" if alone else "sys")
 
     count(ref)
 
@@ -119,5 +121,16 @@ def wait_for_count(ref, value: int):
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def wait(ctx, ref):
         mgpu_utils.SemaphoreRef(mgpu_utils.memref_ptr(ref)).wait(value, decrement=False)
+
+    wait(ref)
+
+
+def wait_for_one(ref):
+    """Waits until a count of this device is one."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def wait(ctx, ref):
+        semaphore = mgpu_utils.SemaphoreRef(mgpu_utils.memref_ptr(ref))
+        semaphore.wait(1, decrement=False, memory_scope="gpu")
 
     wait(ref)
