@@ -205,13 +205,15 @@ class _Bench:
         window, sink = (4 * size, size) if self.pipe.window is None else (self.pipe.window, self.pipe.sink)
         spec = self._request(None, window, sink).spec
         text = rollout.embed_text(spec, self.params, self.embeds)
-        cache, state, before, seconds = self._cache(spec), None, None, []
+        cache, state, seconds = self._cache(spec), None, []
         for start, frames in rollout.block_sizes(None, sampler):
             jax.block_until_ready((cache, state))
             begin = time.perf_counter()
-            x0, cache, before = self._block(
-                spec, cache, text, self._noise(spec, start, frames), start, before
+            noise = self._noise(spec, start, frames)
+            x0, cache = rollout.denoise_block(
+                spec, self.params, cache, text, *noise, spec.place(start, frames)
             )
+            cache = self._context(spec, cache, text, x0, start, frames)
             for piece in [x0] if start else _first_pieces(x0):
                 video, state = self._decode(spec, piece, state)
             jax.block_until_ready((cache, video, state))
@@ -283,12 +285,16 @@ class _Bench:
         def roll():
             cache = self._cache(spec)
             jax.block_until_ready((cache, text, noises))
-            begin, before = time.perf_counter(), None
-            for (start, _), noise in zip(plan, noises, strict=True):
-                x0, cache, before = self._block(spec, cache, text, noise, start, before)
-            jax.block_until_ready(x0)
-            without = time.perf_counter() - begin
-            jax.block_until_ready(self._context(spec, cache, text, before))
+            begin = time.perf_counter()
+            for (start, size), noise in zip(plan, noises, strict=True):
+                x0, cache = rollout.denoise_block(
+                    spec, self.params, cache, text, *noise, spec.place(start, size)
+                )
+                if start + size == self.frames:
+                    jax.block_until_ready(x0)
+                    without = time.perf_counter() - begin
+                cache = self._context(spec, cache, text, x0, start, size)
+            jax.block_until_ready(cache)
             return time.perf_counter() - begin, without
 
         roll()
@@ -300,17 +306,9 @@ class _Bench:
     def _noise(self, spec, start, size):
         return rollout.draw_noise(spec, self.request.keys, np.int32(start), size, self.dtype)
 
-    def _block(self, spec, cache, text, noise, start, before):
-        """A block as `Pipeline` makes it: with the context pass of the one before, where they are of a size."""
-        if before and before.x0.shape != noise[0].shape:
-            cache, before = self._context(spec, cache, text, before), None
-        place = spec.place(start, noise[0].shape[1])
-        x0, cache = rollout.denoise_block(spec, self.params, cache, text, *noise, place, before)
-        return x0, cache, rollout.Clean(x0, place)
-
-    def _context(self, spec, cache, text, block):
+    def _context(self, spec, cache, text, x0, start, size):
         t = np.float32(spec.sampler.context_noise)
-        return rollout.write_context(spec, self.params, cache, text, *block, t)
+        return rollout.write_context(spec, self.params, cache, text, x0, spec.place(start, size), t)
 
     def _decode(self, spec, tokens, state):
         params = self.pipe.params["vae"]

@@ -169,8 +169,7 @@ class Pipeline:
           renoise: noise added between passes, in place of the seed's: one [F, C, h, w] or [B, F, C, h, w] for
             every step but the last of every block, in order.
           report: called with (phase, seconds) after each phase. Timing waits for the device after every phase;
-            without it, the next block is started before a chunk is handed over, and the context pass of a block is
-            part of the next block's program.
+            without it, the next block is started before a chunk is handed over.
 
         Raises:
           ValueError: frame counts, sizes, noise or prompts that do not fit; nearby values that do are named.
@@ -281,20 +280,19 @@ class Pipeline:
                 timed("context", cache)
             begin = clean.shape[1]
 
-        before = None
         for index, (start, size) in enumerate(rollout.block_sizes(request.num_frames, spec.sampler, begin)):
             noise, renoise = self._noise(request, index, start, size, dtype)
             place = spec.place(start, size)
             timed.start()
-            if before and (timed.report or before.x0.shape != noise.shape):
-                t = np.float32(spec.sampler.context_noise)
-                cache = rollout.write_context(spec, params, cache, text, *before, t)
-                before = None
-                timed("context", cache)
-            x0, cache = rollout.denoise_block(spec, params, cache, text, noise, renoise, place, before)
+            x0, cache = rollout.denoise_block(spec, params, cache, text, noise, renoise, place)
             timed("denoise", x0)
             yield x0
-            before = rollout.Clean(x0, place)  # its context pass is the next block's business
+            if start + size == request.num_frames:
+                return  # nobody will look at the last block's keys
+            timed.start()
+            t = np.float32(spec.sampler.context_noise)
+            cache = rollout.write_context(spec, params, cache, text, x0, place, t)
+            timed("context", cache)
 
     def _noise(self, request: Request, index, start, size, dtype):
         spec = request.spec

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -207,35 +206,21 @@ def from_tokens(spec: RolloutSpec, tokens) -> jax.Array:
 # The block step.
 
 
-def predict(spec: RolloutSpec, params, cache: KVCache, text: TextKV, x, t, placement: Placement, table=None):
-    """One network pass at timestep `t` (fp32 []) over x [B, F, S, 4C]; `table` as of `CausalDiT.denoise`.
+def predict(spec: RolloutSpec, params, cache: KVCache, text: TextKV, x, t, placement: Placement):
+    """One network pass at timestep `t` (fp32 []) over x [B, F, S, 4C].
 
     Returns:
       flow and clean prediction x0, both [B, F, S, 4C], and the cache with this pass's keys and values.
     """
     network = transformer.bind(spec.transformer, params)
     times = jnp.full((*x.shape[:1], 1), t, jnp.float32)
-    v, cache = network.denoise(x, times, text, cache, placement, spec.layout, spec.grid, spec.parallel, table)
+    v, cache = network.denoise(x, times, text, cache, placement, spec.layout, spec.grid, spec.parallel)
     return v, flow.x0_from_flow(x, v, flow.sigma_at(t, spec.sampler.shift)), cache
-
-
-class Clean(NamedTuple):
-    """A block of which the cache still holds keys and values of its last pass, which were those of noisy frames."""
-
-    x0: jax.Array  # [B, F, S, 4C], from `denoise_block`
-    placement: Placement
 
 
 @functools.partial(jax.jit, static_argnames="spec", donate_argnames="cache")
 def denoise_block(
-    spec: RolloutSpec,
-    params,
-    cache: KVCache,
-    text: TextKV,
-    noise,
-    renoise,
-    placement: Placement,
-    before: Clean | None = None,
+    spec: RolloutSpec, params, cache: KVCache, text: TextKV, noise, renoise, placement: Placement
 ) -> tuple[jax.Array, KVCache]:
     """Denoises one block in `len(spec.sampler.steps)` passes. `cache` is donated.
 
@@ -246,37 +231,25 @@ def denoise_block(
       noise: [B, F, S, 4C] starting noise, whose dtype the latent keeps.
       renoise: [steps - 1, B, F, S, 4C] noise added between the passes.
       placement: from `spec.place`.
-      before: the block before this, of as many frames; its context pass is then the first pass. None: `write_context`
-        has written it, or there is none.
 
     Returns:
-      The clean block x0 [B, F, S, 4C], and the cache, which holds the last pass's keys and values until a context pass
-      replaces them.
+      The clean block x0 [B, F, S, 4C], and the cache, which holds the last pass's keys and values until
+      `write_context` replaces them.
     """
     times = flow.warp(spec.sampler.steps, spec.sampler.shift)
     # The last pass adds no noise: sigma 0 times nothing, so that all passes are one loop body.
-    sigmas = jnp.append(flow.sigma_at(times[1:], spec.sampler.shift), 0)
-    draws = jnp.concatenate([renoise, jnp.zeros_like(noise)[None]])
-    x, times, blocks = noise, jnp.asarray(times), [placement]
-    if before is not None:
-        # Behind the context pass of the block before, this one begins as nothing but noise: sigma 1.
-        x, times = before.x0, jnp.append(jnp.float32(spec.sampler.context_noise), times)
-        sigmas, draws = jnp.append(1, sigmas), jnp.concatenate([noise[None], draws])
-        blocks.insert(0, before.placement)
-    # Rotary factors are made here, once for all passes of a block.
-    tables = [spec.parallel.rope(block.frames, *spec.grid, spec.head_dim) for block in blocks]
-    of_block = jax.tree.map(lambda *x: jnp.stack(x), *zip(blocks, tables, strict=True))
-    index = np.minimum(np.arange(len(times)), len(blocks) - 1)
+    next_sigma = jnp.append(flow.sigma_at(times[1:], spec.sampler.shift), 0)
+    renoise = jnp.concatenate([renoise, jnp.zeros_like(noise)[None]])
 
     def step(carry, inputs):
         x, cache = carry
-        t, sigma, eps, block = inputs
+        t, sigma, eps = inputs
         if len(times) > 1:  # XLA makes no loop of one step
             cache = spec.parallel.own(cache)
-        _, x0, cache = predict(spec, params, cache, text, x, t, *jax.tree.map(lambda x: x[block], of_block))
+        _, x0, cache = predict(spec, params, cache, text, x, t, placement)
         return (flow.add_noise(x0, eps, sigma), cache), None
 
-    (x0, cache), _ = jax.lax.scan(step, (x, cache), (times, sigmas, draws, index))
+    (x0, cache), _ = jax.lax.scan(step, (noise, cache), (jnp.asarray(times), next_sigma, renoise))
     return x0, cache
 
 

@@ -97,7 +97,6 @@ class CausalDiT(nnx.Module):
         layout: CacheLayout,
         grid: tuple[int, int],
         parallel: Parallel,
-        table=None,
     ) -> tuple[jax.Array, KVCache]:
         """One causal pass over a block, which joins (or replaces itself in) the cache before attending to it.
 
@@ -108,14 +107,12 @@ class CausalDiT(nnx.Module):
           cache, placement, layout: where the block stands.
           grid: token rows and columns of a frame; S is their product.
           parallel: how to run.
-          table: rotary factors of the block, from `parallel.rope`; None to make them.
 
         Returns:
           Velocity [B, F, S, 4C] and the cache with this block's keys and values.
         """
         config = self.config
-        if table is None:
-            table = parallel.rope(placement.frames, *grid, config.head_dim)
+        table = parallel.rope(placement.frames, *grid, config.head_dim)
         sizes = grid[0] * grid[1], config.num_heads, config.head_dim, self.patch_embedding.kernel.dtype
         if isinstance(self.blocks, nnx.List) and not self.remat and parallel.fuses(*sizes):
 

@@ -68,27 +68,20 @@ class GoldenRollout:
                 self.tokens(self.data["initial_latent"][:, start : start + size]),
             )
 
-    def run(self, *, merged: bool = False):
-        """The whole loop through the public block functions; returns latents [1, F, C, h, w]. `merged`: the context
-        pass of a block is the first pass of the next, where that is as long."""
+    def run(self):
+        """The whole loop through the public block functions; returns latents [1, F, C, h, w]."""
         t = jnp.float32(self.sampler.context_noise)
-        out, before = [], None
+        out = []
         for place, x0 in self.initial_blocks():
-            self.write_context(x0, place, 0.0)
+            self.cache = rollout.write_context(self.spec, self.params, self.cache, self.text, x0, place, 0.0)
             out.append(self.latent(x0))
         for place, noise, renoise in self.blocks():
-            if before and not (merged and before.x0.shape == noise.shape):
-                before = self.write_context(*before, t)
             x0, self.cache = rollout.denoise_block(
-                self.spec, self.params, self.cache, self.text, noise, renoise, place, before
+                self.spec, self.params, self.cache, self.text, noise, renoise, place
             )
-            before = rollout.Clean(x0, place)
+            self.cache = rollout.write_context(self.spec, self.params, self.cache, self.text, x0, place, t)
             out.append(self.latent(x0))
-        self.write_context(*before, t)
         return np.concatenate(out, axis=1)
-
-    def write_context(self, x0, place, t):
-        self.cache = rollout.write_context(self.spec, self.params, self.cache, self.text, x0, place, t)
 
     def check_cache(self, atol):
         """Held keys and values of the last layer, frame by frame in the original's order."""

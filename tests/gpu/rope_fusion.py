@@ -109,10 +109,7 @@ def _block(form: str, devices, backend: str = "auto"):
     if form == "xla":
         parallel = Unfused(**{x.name: getattr(parallel, x.name) for x in dataclasses.fields(parallel)})
     spec = rollout.RolloutSpec.create(model.transformer, model.sampler, grid, 21, parallel=parallel)
-    arguments = abstract_block(spec, jnp.bfloat16)
-    if form == "kernel":  # with the context pass of the block before
-        arguments = *arguments, rollout.Clean(arguments[3], arguments[5])
-    return spec, arguments
+    return spec, abstract_block(spec, jnp.bfloat16)
 
 
 def compile_text(form: str, devices, *, described: bool) -> str:

@@ -107,7 +107,7 @@ def test_the_first_frame_waits_for_no_other_pass(monkeypatch):
     assert passes == ["denoise_block"]
     # From then on the device has the next block to work on while a chunk is looked at.
     next(chunks)
-    assert passes == ["denoise_block", "denoise_block"]
+    assert passes == ["denoise_block", "write_context", "denoise_block"]
 
 
 def test_timed_and_untimed_runs_agree():

@@ -19,10 +19,9 @@ from tests.models import patchify
 @pytest.mark.golden
 @pytest.mark.parametrize("name", ROLLOUTS)
 @pytest.mark.parametrize("unrolled", [False, True], ids=["scanned", "unrolled"])
-@pytest.mark.parametrize("merged", [False, True], ids=["apart", "merged"])
-def test_rollout(name, unrolled, merged):
+def test_rollout(name, unrolled):
     golden = GoldenRollout(name, unrolled=unrolled)
-    np.testing.assert_allclose(golden.run(merged=merged), golden.data["latents"], atol=ATOL)
+    np.testing.assert_allclose(golden.run(), golden.data["latents"], atol=ATOL)
     golden.check_cache(ATOL)
 
 

@@ -183,18 +183,6 @@ def test_rotary_factors_are_local(case):
     assert not [at for at, loops in program.walk() if at.opcode in ("cosine", "sine") and len(loops) > 1]
 
 
-@_cases([("gather", 8)])
-def test_rotary_factors_of_a_context_pass_are_made_before_all_passes(case):
-    """Where it is the first pass of the next block."""
-    spec = _spec(case, MODEL, GRID, unroll=False)
-    arguments = abstract_block(spec, jnp.float32)
-    before = rollout.Clean(arguments[3], arguments[5])
-    program = Program(rollout.denoise_block.lower(spec, *arguments, before).compile().as_text())
-    table = _inside(program, "rope_table")
-    assert table
-    assert {loops for _, loops in table} == {()}
-
-
 # Memory.
 
 

@@ -67,12 +67,6 @@ def test_golden_rollout(peers, name, strategy, devices, direct):
     # The passes of the loop own its cache, the context pass does not.
     each = [True, *[False] * (layers - 1), *[True] * layers]
     assert waits == each * (len(waits) // len(each))
-    if writes:
-        # A context pass that is part of the loop owns the cache, too.
-        del peers[:]
-        golden = GoldenRollout(name, parallel=parallel, unrolled=True)
-        np.testing.assert_allclose(golden.run(merged=True), golden.data["latents"], atol=ATOL)
-        assert [wait for _, wait in peers] == each[:layers]
 
 
 def test_who_can_send(monkeypatch):

@@ -81,7 +81,7 @@ def test_rollout(name, strategy, count):
         return
     golden = _golden(name, strategy, count)
     assert golden.spec.parallel.num_devices == count
-    np.testing.assert_allclose(golden.run(merged=True), golden.data["latents"], atol=ATOL)
+    np.testing.assert_allclose(golden.run(), golden.data["latents"], atol=ATOL)
     golden.check_cache(ATOL)
 
 
