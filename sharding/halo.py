@@ -45,39 +45,39 @@ def exchange(mesh: Mesh, rules: Rules, run, seen, columns: tuple[int, int], weig
         mine = whole // count
         # What the outermost columns of the result see of one's own.
         first, last = (_cut(seen, start, left + right) for start in (0, mine - left - right))
-        to_right, to_left = _cut(last, right, left), _cut(first, 0, right)
-        rightwards = [(i, i + 1) for i in range(count - 1)]
-        leftwards = [(j, i) for i, j in rightwards]
-        pair = count == 2 and left == right  # either device has one neighbour: one message, and one edge
-        # Who is sent nothing gets zeros: those at both ends of the width.
-        if pair:
-            at_left = lax.axis_index(width) == 0
-            met = _send(_choose(at_left, to_right, to_left), width, rightwards + leftwards)
-            from_left, from_right = (
-                tuple(jnp.where(at_end, 0, x) for x in met) for at_end in (at_left, ~at_left)
-            )
-        else:
-            from_left, from_right = (
-                _send(to_right, width, rightwards),
-                _send(to_left, width, leftwards),
-            )
+        from_left, from_right = _neighbours(_cut(last, right, left), _cut(first, 0, right), width, count)
         if mine < NARROW:
             return run(_join(from_left, seen, from_right), (0, 0), weights, *others)
         out = run(seen, columns, weights, *others)
-
-        def replace(out, around, start, size):
-            """The columns of the result that belong to `size` columns from `start` on, from what is around them."""
-            edge = run(around, (0, 0), weights, *_cut(others, start, size))
-            return lax.dynamic_update_slice_in_dim(out, edge, start * (out.shape[_WIDTH] // mine), _WIDTH)
-
-        if pair:
-            around = _choose(at_left, _join(last, met), _join(met, first))
-            return replace(out, around, jnp.where(at_left, mine - right, 0), left)
-        out = replace(out, _join(from_left, first), 0, left) if left else out
-        return replace(out, _join(last, from_right), mine - right, right) if right else out
+        # What is around the outermost columns, where they begin, and how many they are.
+        edges = [(_join(from_left, first), 0, left), (_join(last, from_right), mine - right, right)]
+        if (
+            count == 2 and left == right
+        ):  # either device has one neighbour, and the other edge is right already
+            (at_left, _, _), (at_right, start, _) = edges
+            leftmost = lax.axis_index(width) == 0
+            edges = [(_choose(leftmost, at_right, at_left), jnp.where(leftmost, start, 0), left)]
+        for around, start, size in edges:
+            if size:
+                edge = run(around, (0, 0), weights, *_cut(others, start, size))
+                start *= out.shape[_WIDTH] // mine
+                out = lax.dynamic_update_slice_in_dim(out, edge, start, _WIDTH)
+        return out
 
     in_specs = (spec, P(), *[spec] * len(others))
     return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=spec)(seen, weights, *others)
+
+
+def _neighbours(to_right, to_left, axes, count: int):
+    """What the neighbours to the left and to the right have sent; zeros at both ends of the width."""
+    rightwards = [(i, i + 1) for i in range(count - 1)]
+    leftwards = [(j, i) for i, j in rightwards]
+    if count > 2 or to_right[0].shape != to_left[0].shape:
+        return _send(to_right, axes, rightwards), _send(to_left, axes, leftwards)
+    leftmost = lax.axis_index(axes) == 0  # one message: either device has one neighbour
+    met = _send(_choose(leftmost, to_right, to_left), axes, rightwards + leftwards)
+    nothing = tuple(map(jnp.zeros_like, met))
+    return _choose(leftmost, nothing, met), _choose(leftmost, met, nothing)
 
 
 def _cut(arrays, start, size):

@@ -69,16 +69,16 @@ def test_one_device(machine):
     assert not machine.awaited
 
 
-@pytest.mark.parametrize("ahead", [False, True])
+SHARES = [(8, 2, 4), (20, 2, 10), (28, 2, 16), (24, 3, 8), (28, 3, 12), (20, 4, 8)]  # tokens, devices, rows
+
+
 @pytest.mark.parametrize(
-    ("tokens", "devices", "rows"),
-    [(8, 2, 4), (24, 3, 8), (20, 2, 10), (28, 2, 16), (28, 3, 12), (20, 4, 8)],
+    ("tokens", "devices", "rows", "ahead"),
+    [*((*share, False) for share in SHARES), *((*share, True) for share in SHARES if share[1] == 2)],
 )
 def test_devices_write_to_all_caches(machine, tokens, devices, rows, ahead):
     """Even shares, shares that are no multiple of a block of threads, and short and empty ones at the end; values sent
     by the kernel and, between two devices, before it; as the second of three layers, whose counts are in one array."""
-    if ahead and devices > 2:
-        pytest.skip("values travel ahead between two devices only")
     qkv, scales, table, keys, values, slots = _queries(
         B=1, F=2, S=tokens, N=2, slots=(2, 0), room=3 * tokens + 4
     )
