@@ -297,9 +297,7 @@ class _Places:
         others = [{axis: lax.rem(me + step, self.count)} for step in range(1, self.count)]
 
         def write(here):
-            for other in others:
-                plgpu.remote_ref(ref, other)[here] = x
-            ref[here] = x
+            hopper_rows.copy(x, [*(plgpu.remote_ref(ref, other).at[here] for other in others), ref.at[here]])
 
         self._at(me, write)
         for other in others:

@@ -80,6 +80,20 @@ def load32(ref, layout):
     return load(ref, layout).astype(jnp.float32)
 
 
+def copy(x, refs):
+    """To several places in global memory, perhaps of other devices, by the copy engine of the processor. Is there when
+    this returns."""
+
+    def through(smem):
+        smem[...] = x
+        plgpu.commit_smem()
+        for ref in refs:
+            plgpu.copy_smem_to_gmem(smem, ref)
+        plgpu.wait_smem_to_gmem(0)
+
+    pl.run_scoped(through, plgpu.SMEM(x.shape, x.dtype))
+
+
 def spread(x, like, *axes):
     """`x`, whose axes are these of `like`, repeated over the other ones."""
     repeated = lax.broadcast_in_dim(x, like.shape, axes)

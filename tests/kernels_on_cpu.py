@@ -40,6 +40,8 @@ class _Ref:
 
     def _index(self, index):
         index = index if isinstance(index, tuple) else (index,)
+        if index == (...,):
+            return index
         return tuple(
             slice(int(i.start), int(i.start) + i.size) if isinstance(i, pl.Slice) else int(i) for i in index
         )
@@ -102,6 +104,10 @@ def machine(monkeypatch):
         machine.order.append(("count" if number == len(own) - 1 else "write", int(device[machine.axis])))
         return _Ref(whole[ref.index] if ref.index else whole, whole, ref.index)
 
+    def copy(x, refs):
+        for ref in refs:
+            ref[...,] = x
+
     def count_one(ref):
         ref.array[...] += 1
 
@@ -123,6 +129,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(hopper_rows, "swap_pairs", swap_pairs)
     monkeypatch.setattr(jax.lax, "axis_index", lambda name: jnp.int32(place[name]))
     monkeypatch.setattr(plgpu, "remote_ref", remote, raising=False)
+    monkeypatch.setattr(hopper_rows, "copy", copy)
     monkeypatch.setattr(hopper_rows, "count_one", count_one)
     monkeypatch.setattr(hopper_rows, "wait_for_count", wait_for_count)
     monkeypatch.setattr(pl, "when", when)
