@@ -3,7 +3,8 @@
 Between two devices the values go first, by a copy engine, while queries and keys are multiplied. `environment` sets the
 flag that makes it an engine; without, it is NCCL. The functions here are bodies of a `shard_map`, or what it needs.
 
-See `jax_causal.fused_rotation` for the kernel. It is imported on demand, for importing Pallas takes its time.
+See `jax_causal.fused_rotation` for the kernel, and `jax_causal.peer_memory` for where it writes. They are imported on
+demand, for importing Pallas takes its time.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from sharding.mesh import SEQ
 
 
 def peers(mesh: Mesh, count: int, tokens: int, rows: int):
-    """A `fused_rotation.Peers` for the devices of a mesh that share frames of so many tokens, `rows` on each; None
+    """A `peer_memory.Peers` for the devices of a mesh that share frames of so many tokens, `rows` on each; None
     where a kernel cannot write to their memory, or not such shares."""
-    from jax_causal import fused_rotation
+    from jax_causal import peer_memory
 
     # What such kernels ask for.
     alone = jax.process_count() == 1 and [d.id for d in mesh.devices.ravel()] == list(range(mesh.size))
-    found = fused_rotation.Peers(count, tokens, SEQ)
-    return found if alone and fused_rotation.can_reach_peers() and found.suit(rows) else None
+    found = peer_memory.Peers(count, tokens, SEQ)
+    return found if alone and peer_memory.can_reach_peers() and found.suit(rows) else None
 
 
 def normalise(qk, scales, eps: float):
@@ -34,27 +35,31 @@ def normalise(qk, scales, eps: float):
     return fused_rotation.normalise(qk, scales, eps)
 
 
+def begin_pass(keys, values, *, peers):
+    """`peer_memory.reach`."""
+    from jax_causal import peer_memory
+
+    return peer_memory.reach(peers, keys, values)
+
+
 def attend(
-    qk, v, scales, table, keys, values, counts, slots, held, *, peers, eps, layout, layer, last, backend
+    qk, v, scales, table, keys, values, reach, slots, held, *, peers, eps, layout, layer, last, backend
 ):
     """Attention of a block against the cache of a layer, with the block in it.
 
-    Arguments are those of `fused_rotation.rotate_into_cache`, and `counts` of what has arrived in a pass that owns the
-    cache, else None; `held` frames are attended to.
+    Arguments are those of `fused_rotation.rotate_into_cache`; `held` frames are attended to.
 
     Returns:
-      [B, F, m, N, D], keys and values of the cache, and the counts if layers follow that need them.
+      [B, F, m, N, D], keys and values of the cache, and `reach` if layers follow that need it.
     """
     from jax_causal import fused_rotation
 
-    received = arrivals = None
+    received = None
     if peers.axis is not None and peers.count == 2:
         received = lax.ppermute(v, peers.axis, [(0, 1), (1, 0)])
-    if counts is not None:
-        arrivals = fused_rotation.Arrivals(counts, layer)
-    q, keys, values, now = fused_rotation.rotate_into_cache(
+    q, keys, values, reach = fused_rotation.rotate_into_cache(
         qk, v, scales, table, keys, values, slots,
-        eps=eps, peers=peers, received=received, arrivals=arrivals,
+        eps=eps, peers=peers, received=received, reach=reach, layer=layer,
     )  # fmt: skip
     out = causal_rope_sp.attend_held(q, keys, values, layout.part_length(held), backend)
-    return out, keys, values, None if counts is None or last else now
+    return out, keys, values, None if last else reach

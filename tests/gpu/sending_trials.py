@@ -69,8 +69,8 @@ def run(case: str) -> int:
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from jax_causal import bench_profile, fused_rotation, rope
-    from jax_causal.fused_rotation import Peers
+    from jax_causal import bench_profile, fused_rotation, peer_memory, rope
+    from jax_causal.peer_memory import Peers
     from sharding.mesh import HEADS, SEQ, make_mesh, pick_devices, rows_of_share
 
     trades = case.startswith("all-to-all")
@@ -93,8 +93,11 @@ def run(case: str) -> int:
 
     peers = Peers(2, S, SEQ)
 
-    def kernel(*arguments, **options):
-        return fused_rotation.rotate_into_cache(*arguments, eps=EPS, peers=peers, **options)[:3]
+    def kernel(qk, v, scales, table, keys, values, slots, received=None):
+        (keys,), (values,), reach = peer_memory.reach(peers, (keys,), (values,))  # a pass of one layer
+        return fused_rotation.rotate_into_cache(
+            qk, v, scales, table, keys, values, slots, eps=EPS, peers=peers, received=received, reach=reach
+        )[:3]
 
     def ahead(qk, v, *rest):
         return kernel(qk, v, *rest, received=lax.ppermute(v, SEQ, [(0, 1), (1, 0)]))

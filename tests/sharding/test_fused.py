@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_causal import fused_norm, fused_rotation, rollout, transformer
+from jax_causal import fused_norm, fused_rotation, peer_memory, rollout, transformer
 from jax_causal.config import PRESETS
 from jax_causal.parallel import SingleDevice
 from jax_causal.rollout import RolloutSpec
@@ -25,18 +25,26 @@ pytestmark = pytest.mark.sp
 
 @pytest.fixture
 def peers(monkeypatch):
-    """Who wrote to whom, and whether devices waited for each other before, by call."""
+    """In order, the beginnings of passes and the layers of them that write to peers, with these."""
     found = []
 
-    def rotate(eps, peers, waits, products, scales, factors, written, numbers):
-        found.append((peers, waits))
+    def reach(peers, keys, values):
+        found.append(("begin", peers))
+        layers = len(keys)
+        return keys, values, peer_memory.Reach(
+            jnp.zeros((peers.count, 2 * layers + 1, 2), jnp.int32), jnp.zeros(layers, jnp.int32)
+        )
+
+    def rotate(eps, peers, products, scales, factors, written, numbers):
+        found.append(("layer", peers))
         keys, values, *counts = written
         return *fused_rotation.plain_rotate(
             eps, peers, products, scales, factors, keys, values, numbers[0]
         ), *counts
 
     monkeypatch.setattr(Sharded, "fuses", lambda *args: True)
-    monkeypatch.setattr(fused_rotation, "can_reach_peers", lambda: True)
+    monkeypatch.setattr(peer_memory, "can_reach_peers", lambda: True)
+    monkeypatch.setattr(peer_memory, "reach", reach)
     monkeypatch.setattr(fused_rotation, "_rotate_kernel", rotate)
     monkeypatch.setattr(fused_norm, "_add_norm_kernel", fused_norm.plain_add_norm)
     jax.clear_caches()  # of the same programs without
@@ -62,16 +70,15 @@ def test_golden_rollout(peers, name, strategy, devices, direct):
     np.testing.assert_allclose(golden.run(), golden.data["latents"], atol=ATOL)
     golden.check_cache(ATOL)
     writes = strategy == "gather" and direct
-    assert {(p.count, p.axis) for p, _ in peers} == ({(devices, "seq")} if writes else set())
-    layers, waits = config.num_layers, [wait for _, wait in peers]
-    # The passes of the loop own its cache, the context pass does not.
-    each = [True, *[False] * (layers - 1), *[True] * layers]
-    assert waits == each * (len(waits) // len(each))
+    assert {(p.count, p.axis) for _, p in peers} == ({(devices, "seq")} if writes else set())
+    # Every pass, the context pass too.
+    each, what = ["begin", *["layer"] * config.num_layers], [what for what, _ in peers]
+    assert what == each * (len(what) // len(each))
 
 
 def test_who_can_send(monkeypatch):
     """All devices of a process in order, from the first; each writes to the places of all where it is alone."""
-    monkeypatch.setattr(fused_rotation, "can_reach_peers", lambda: True)
+    monkeypatch.setattr(peer_memory, "can_reach_peers", lambda: True)
     first, second, third = jax.devices()[:3]
 
     def peers(devices, tokens=24, **options):
