@@ -14,6 +14,7 @@ form.
 from __future__ import annotations
 
 import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -245,7 +246,9 @@ class _There:
     def _addresses(self, ref):
         """Of this array on this device, and on every peer."""
         (number,) = (number for array, number in self.arrays if array is ref)
-        return self.addresses.at[0, number], [self.addresses.at[i, number] for i in range(1, self.peers.count)]
+        return self.addresses.at[0, number], [
+            self.addresses.at[i, number] for i in range(1, self.peers.count)
+        ]
 
 
 class _Places:

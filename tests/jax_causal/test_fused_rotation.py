@@ -115,7 +115,8 @@ def _begin_pass(machine, peers, keys, values):
     """Every device's memory, with caches of its own and counts, and its `Reach`."""
     layers = len(keys)
     machine.memory = [
-        [*(np.array(x[:, 0]) for x in (*keys, *values)), np.zeros(layers, np.int32)] for _ in range(peers.count)
+        [*(np.array(x[:, 0]) for x in (*keys, *values)), np.zeros(layers, np.int32)]
+        for _ in range(peers.count)
     ]
     machine.references, reaches = range(2 * layers + 1), []
     for machine.device in range(peers.count):

@@ -31,8 +31,12 @@ def peers(monkeypatch):
     def reach(peers, keys, values):
         found.append(("begin", peers))
         layers = len(keys)
-        return keys, values, peer_memory.Reach(
-            jnp.zeros((peers.count, 2 * layers + 1, 2), jnp.int32), jnp.zeros(layers, jnp.int32)
+        return (
+            keys,
+            values,
+            peer_memory.Reach(
+                jnp.zeros((peers.count, 2 * layers + 1, 2), jnp.int32), jnp.zeros(layers, jnp.int32)
+            ),
         )
 
     def rotate(eps, peers, products, scales, factors, written, numbers):

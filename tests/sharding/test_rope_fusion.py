@@ -120,7 +120,9 @@ def test_no_cache_is_copied_within_a_pass(program):
     # They are its first results behind the addresses, in place.
     aliased = re.search(r"output_to_operand_aliasing={(.*?)}, api", begin.attributes)[1]
     assert all(f"{{{number + 1}}}: ({number}, {{}})" in aliased for number in range(len(caches)))
-    taken = [_whole(around, name) for kernel in kernels for name in kernel.operands if around[name].nbytes == CACHE]
+    taken = [
+        _whole(around, name) for kernel in kernels for name in kernel.operands if around[name].nbytes == CACHE
+    ]
     assert {instruction.operands[0] for instruction in taken} == {begin.name}
     layers = range(1, SCRIPT.LAYERS + 1)  # keys of all, then values of all
     assert [_number(instruction) for instruction in taken] == [
