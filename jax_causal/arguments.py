@@ -131,6 +131,11 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     model = _model_arguments(parser)
     model.add_argument("--warmup", action="store_true", help="compile before the clock starts")
 
+    _process_arguments(parser)
+
+
+def _process_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of every verb that several processes can share."""
     several = parser.add_argument_group("several processes, on one host or more")
     several.add_argument(
         "--distributed", action="store_true", help="be one of several processes that share the devices of all"
@@ -175,6 +180,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         default=8,
         help="devices to project to with --scaling, 0 for none (8)",
     )
+    _process_arguments(parser)
     # How bench starts itself, to measure a fresh process: since when it runs.
     parser.add_argument("--since", type=float, help=argparse.SUPPRESS)
 

@@ -26,8 +26,11 @@ SAME = ("model", "frames", "height", "width", "window", "sink")
 NOT_MEASURED = "not measured: the time of single kernels; jax.profiler.trace shows them"
 
 
-def run(args: argparse.Namespace, parallel: Parallel) -> None:
+def run(args: argparse.Namespace, parallel: Parallel, session=None) -> None:
     """Measures as the parsed arguments say, run in the way of `parallel`.
+
+    `session` is this process's `sharding.distributed.Session`, if it is one of several; only the first of them writes
+    and shows anything.
 
     Raises ValueError or OSError for bad input, before the work begins.
     """
@@ -35,25 +38,31 @@ def run(args: argparse.Namespace, parallel: Parallel) -> None:
     job = Job.create(args, parallel, "any prompt")
     if args.since is not None:
         return bench_start.report(job, args.since)
+    first = session is None or session.first
+    if session:
+        wanted -= set(bench_start.ROWS)
+        session.check_agreement(job.agreed | {"rows": sorted(wanted), "repeats": args.repeats})
     facts = _facts(job, args.repeats)
     earlier = None if args.compare is None else read_earlier(args.compare, facts)
-    write_json = json_writer(args.json)
+    write_json = json_writer(args.json if first else None)
 
     started = []
     if not wanted.isdisjoint(bench_start.ROWS):
         note(f"measuring fresh processes: {', '.join(bench_start.ROWS)}")
         started = [row for row in bench_start.measure(args) if row.name in wanted]
         _tell(started)
-    note(f"loading {job.config.name}")
+    if first:
+        note(f"loading {job.config.name}")
     size = {name: job.inputs[name] for name in ("num_frames", "height", "width", "seed")}
     measured = bench.run(
         job.load(text_encoder=not wanted.isdisjoint(("text", "peak_memory_all"))),
         **size,
         repeats=args.repeats,
         only=wanted,
-        progress=lambda what: note(f"measuring {what}"),
-        measured=_tell,
+        **({"progress": lambda what: note(f"measuring {what}"), "measured": _tell} if first else {}),
     )
+    if not first:
+        return
     measured = sorted([*started, *measured], key=lambda row: list(BOUNDARIES).index(row.name))
     left_out = [name for name in BOUNDARIES if name in wanted and name not in {row.name for row in measured}]
     record = facts | {
@@ -68,6 +77,15 @@ def run(args: argparse.Namespace, parallel: Parallel) -> None:
     write_json(record)
     if args.json != "-":
         report(*_sections(record, measured, earlier))
+
+
+def check_distributed(args: argparse.Namespace) -> None:
+    """Raises ValueError for what several processes cannot measure together."""
+    if args.scaling:
+        raise ValueError("--scaling is for the devices of one process: leave out --distributed")
+    for name in args.only or ():
+        if name in bench_start.ROWS:
+            raise ValueError(f"{name} is of a process alone: leave out --distributed")
 
 
 def _tell(rows: Sequence[Row]) -> None:

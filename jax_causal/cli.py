@@ -7,6 +7,7 @@ know before it starts is in the environment when a verb imports it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -65,14 +66,17 @@ def _explain(error: Exception, verb: str) -> tuple[str | None, int]:
 
 
 def _bench(args: argparse.Namespace) -> None:
+    from jax_causal import bench_report
+
+    if args.distributed:
+        bench_report.check_distributed(args)
     if args.scaling:
         from sharding import scaling_report
 
         scaling_report.run(args)
         return
-    from jax_causal import bench_report
-
-    bench_report.run(args, _parallel(args))
+    with _shared(args) as (parallel, session):
+        bench_report.run(args, parallel, session)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -118,11 +122,18 @@ def _explain_sharding(args: argparse.Namespace) -> None:
 def _generate(args: argparse.Namespace) -> None:
     from jax_causal import generate
 
+    with _shared(args) as (parallel, session):
+        generate.run(args, parallel, session)
+
+
+@contextlib.contextmanager
+def _shared(args: argparse.Namespace):
+    """How to run, and this process's `sharding.distributed.Session` where it is one of several."""
     if not args.distributed:
         for name in ("coordinator", "num_processes", "process_id", "timeout"):
             if getattr(args, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} is for several processes: add --distributed")
-        generate.run(args, _parallel(args))
+        yield _parallel(args), None
         return
     from sharding import SequenceParallel, distributed, processes
 
@@ -133,8 +144,7 @@ def _generate(args: argparse.Namespace) -> None:
         timeout=args.timeout or 60,
         devices=args.devices,
     ) as session:
-        parallel = SequenceParallel(processes.pick_devices(args.devices), args.strategy or "auto")
-        generate.run(args, parallel, session)
+        yield SequenceParallel(processes.pick_devices(args.devices), args.strategy or "auto"), session
 
 
 def _parallel(args: argparse.Namespace):

@@ -1,6 +1,7 @@
 """Several processes over loopback: the video of one process, and clear ends to what cannot go on."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -54,10 +55,14 @@ def _workers(*argvs):
             process.stdout.close()
 
 
-def _generate(out, port, process, *more, prompt=PROMPT):
+def _options(port, process):
     place = ("--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id", process)
-    options = ("--preset", "small", "--precision", "float32", "--strategy", STRATEGY, "--devices", 8)
-    return ["generate", prompt, "--out", out, "--distributed", *place, *options, *more]
+    sizes = ("--preset", "small", "--precision", "float32", "--strategy", STRATEGY, "--devices", 8)
+    return ["--distributed", *place, *sizes]
+
+
+def _generate(out, port, process, *more, prompt=PROMPT):
+    return ["generate", prompt, "--out", out, *_options(port, process), *more]
 
 
 def test_same_video_as_one_process(tmp_path):
@@ -75,6 +80,32 @@ def test_same_video_as_one_process(tmp_path):
     assert frames.shape == expected.shape == (7, 8, 32, 3)
     assert expected.std() > 5
     assert np.abs(frames.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_measured_together(tmp_path):
+    """The first process tells."""
+    port, out = _free_port(), tmp_path / "rows.json"
+    rows = ("--only", "rollout,first_frame,decode", "--repeats", 1, "--json", out)
+    with _workers(*[["bench", *_options(port, i), *rows] for i in range(2)]) as workers:
+        said = [worker.communicate(timeout=LIMIT_S)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], said
+    record = json.loads(out.read_text())
+    assert {row["name"] for row in record["rows"]} == {"rollout", "first_frame", "decode"}
+    assert (record["devices"], record["strategy"]) == (8, STRATEGY)
+    assert "rollout" in said[0]
+    assert "rollout" not in said[1]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--scaling"], "--scaling is for the devices of one process"),
+        (["--only", "start_cold"], "start_cold is of a process alone"),
+    ],
+)
+def test_what_processes_cannot_measure_together(capsys, option, message):
+    assert cli.main(["bench", "--distributed", "--preset", "tiny", *option]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("victim", [0, 1])
