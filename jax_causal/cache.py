@@ -152,7 +152,7 @@ class KVCache:
     The stacked form is carried through a scan over layers, the tuple through unrolled layers. Either is updated in
     place when the buffers are donated.
 
-    `reach` lives within a pass, from layer to layer, where devices write to each other's caches: see
+    `reach` is there where devices write to each other's caches, and holds while the arrays stay where they are: see
     `peer_memory.Reach`.
     """
 

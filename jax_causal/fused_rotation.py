@@ -55,7 +55,7 @@ def rotate_into_cache(
         is m.
       received: `v` of the peer, where there is one and its values have travelled already. Without, they travel by the
         kernel.
-      reach: where peers are written to: from `peer_memory.reach`, or from the layer before.
+      reach: where peers are written to: from `peer_memory.join`, `meet`, or the layer before.
       layer: the number of this one there.
 
     Returns:

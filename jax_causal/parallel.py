@@ -15,7 +15,7 @@ from einops import rearrange
 from jax_causal import rope
 from jax_causal.attention import attention, choose_backend
 from jax_causal.cache import CacheLayout, KVCache, Placement
-from jax_causal.config import ModelConfig
+from jax_causal.config import ModelConfig, TransformerConfig
 from jax_causal.vae_layers import alone
 
 
@@ -71,9 +71,12 @@ class Parallel(Protocol):
         """Whether unrolled layers run by `add_norm` and `attend_product` where they attend to a cache; `tokens` is S,
         without padding."""
 
+    def join_cache(self, cache: KVCache, config: TransformerConfig, tokens: int) -> KVCache:
+        """A new cache that programs will pass on to each other, each donating it, with what they need in its `reach`
+        to write to those of other devices. `tokens` is S."""
+
     def begin_pass(self, cache: KVCache, tokens: int) -> KVCache:
-        """The cache for one pass of layers that run by `attend_product`, with what that needs in its `reach`. `tokens`
-        is S."""
+        """The cache for one pass of layers that run by `attend_product`, with a `reach` where they need it."""
 
     def add_norm(self, x, out, gate, norm, time, rows, *, eps: float):
         """`fused_norm.add_norm`."""
@@ -164,6 +167,9 @@ class SingleDevice:
         from jax_causal import hopper_rows  # on demand: importing Pallas takes its time
 
         return hopper_rows.suits(tokens, heads, head_dim, dtype)
+
+    def join_cache(self, cache, config, tokens):
+        return cache
 
     def begin_pass(self, cache, tokens):
         return cache

@@ -2,11 +2,11 @@
 
 A kernel that has arrays of other devices for its operands stops the host at every run of its program: until the device
 is done with all before, until all devices' arrays are known, and until the device has been told where they lie. With
-such a kernel in every layer a program stops as often before it begins. So one kernel asks for a pass of all layers
-(`reach`), and those of the layers go by the addresses that it has found.
+such a kernel in every layer a program stops as often before it begins. So one kernel asks for all layers (`join`), once
+for a cache that is donated from program to program, and all others go by the addresses that it has found.
 
-Devices also wait for each other before that kernel. Each has then ended what it read in its caches before, has copied
-them where XLA copies them, and has set its counts to zero: from there on a peer may write.
+Before a pass devices wait for each other (`join` and `meet`). Each has then ended what it read in its caches before,
+has copied them where XLA copies them, and has set its counts to zero: from there on a peer may write.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm
+from jaxlib.mlir.dialects import arith, llvm, memref, nvvm
 
 from jax_causal import hopper_rows
 from jax_causal.hopper_rows import TOKENS
@@ -60,34 +60,36 @@ def can_reach_peers() -> bool:
 
 
 class Reach(NamedTuple):
-    """What a pass of L layers needs to write to the caches of all devices.
+    """What passes of L layers need to write to the caches of all devices.
 
     Attributes:
-      addresses: int32 [devices, 2L + 1, 2], 64 bits each: of this device, then of the next ones in turn, where the keys
-        of all layers lie, the values of all layers, and the counts.
-      counts: pieces that have come from peers at each layer, int32 [L].
+      addresses: int32 [devices, 2L + 2, 2], 64 bits each: of this device, then of the next ones in turn, where the keys
+        of all layers lie, the values of all layers, and the two below.
+      counts: pieces that have come from peers at each layer of a pass, int32 [L].
+      met: how often the next devices in turn have come to a pass, int32 [devices]; nothing of this one itself.
+      meetings: how often this one has, int32 [1].
     """
 
     addresses: jax.Array
     counts: jax.Array
+    met: jax.Array
+    meetings: jax.Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def reach(peers: Peers, keys: Sequence[jax.Array], values: Sequence[jax.Array]):
-    """The caches of all layers, [B, 1, K, N, D] each, ready for one pass that writes to those of all devices.
+def join(peers: Peers, keys: Sequence[jax.Array], values: Sequence[jax.Array]):
+    """The caches of all layers, [B, 1, K, N, D] each, where all devices know of each other's, ready for a pass.
 
-    Inside the `shard_map` of the peers. Donate the caches, or let the caller's `jax.jit`; what is not theirs alone is
-    copied here, and what comes out must lie where it lay until it is written.
+    Inside the `shard_map` of the peers. What is given is copied here where it is needed otherwise; what comes out must
+    lie where it lies until it is written for the last time: pass it on, and donate it.
 
     Returns:
       keys, values, and their `Reach`.
     """
-    layers = len(keys)
-    counts = jnp.zeros(layers, jnp.int32)
-    refs = [jax.new_ref(x) for x in (*(x[:, 0] for x in (*keys, *values)), counts)]
+    zeros = [jnp.zeros(n, jnp.int32) for n in (len(keys), peers.count, 1)]
 
     def kernel(*rest):
-        *arrays, addresses = rest
+        *arrays, _, addresses = rest
         me = lax.axis_index(peers.axis)
         for step in range(peers.count):
             device = {peers.axis: lax.rem(me + step, peers.count)}
@@ -95,16 +97,48 @@ def reach(peers: Peers, keys: Sequence[jax.Array], values: Sequence[jax.Array]):
                 there = plgpu.remote_ref(ref, device) if step else ref
                 store_address(addresses.at[step, number], there)
 
-    shape = jax.ShapeDtypeStruct((peers.count, len(refs), 2), jnp.int32)
-    addresses = hopper_rows.launch(kernel, shape, {"kernel_block": 1}, "reach_caches")(*refs)
-    *caches, counts = (jax.freeze(ref) for ref in refs)
-    caches = tuple(x[:, None] for x in caches)
-    return caches[:layers], caches[layers:], Reach(addresses, counts)
+    shape = jax.ShapeDtypeStruct((peers.count, 2 * len(keys) + 2, 2), jnp.int32)
+    keys, values, counts, addresses = _in_place(kernel, "join_caches", keys, values, zeros, out_type=shape)
+    return keys, values, Reach(addresses, *counts)
 
 
-reach.defvjp(
-    lambda peers, keys, values: (reach(peers, keys, values), None),
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def meet(peers: Peers, keys: Sequence[jax.Array], values: Sequence[jax.Array], reach: Reach):
+    """What `join` has given, ready for another pass: devices wait for each other, and the host for none of them."""
+    addresses, *counts = reach
+
+    def kernel(addresses, *rest):
+        *arrays, meetings, _ = rest
+        *_, counts, met = arrays
+        for number, ref in enumerate(arrays):
+            expect_at(ref, addresses.at[0, number])
+        clear(counts)
+        for step in range(1, peers.count):  # this device is as many behind that one
+            count_one(met.at[peers.count - step], *(addresses.at[i, len(arrays) - 1] for i in (0, step)))
+        wait_for_meeting([met.at[step] for step in range(1, peers.count)], meetings)
+
+    shape = jax.ShapeDtypeStruct((1,), jnp.int32)  # every kernel has a result
+    keys, values, counts, _ = _in_place(kernel, "meet_peers", keys, values, counts, addresses, out_type=shape)
+    return keys, values, Reach(addresses, *counts)
+
+
+def _in_place(kernel, name, keys, values, counts, *operands, out_type):
+    """Keys, values and counts from a kernel of one block that writes them in place, and its result. The kernel takes
+    the operands, these arrays, and the result's place."""
+    refs = [jax.new_ref(x) for x in (*(x[:, 0] for x in (*keys, *values)), *counts)]
+    out = hopper_rows.launch(kernel, out_type, {"kernel_block": 1}, name)(*operands, *refs)
+    arrays = [jax.freeze(ref) for ref in refs]
+    caches, counts = tuple(x[:, None] for x in arrays[: -len(counts)]), arrays[-len(counts) :]
+    return caches[: len(keys)], caches[len(keys) :], counts, out
+
+
+join.defvjp(
+    lambda peers, keys, values: (join(peers, keys, values), None),
     lambda peers, _, cotangents: (tuple(cotangents[0]), tuple(cotangents[1])),
+)
+meet.defvjp(
+    lambda peers, keys, values, reach: (meet(peers, keys, values, reach), None),
+    lambda peers, _, cotangents: (tuple(cotangents[0]), tuple(cotangents[1]), None),
 )
 
 
@@ -165,6 +199,18 @@ def count_one(ref, own, other):
     count(ref, own, other)
 
 
+def clear(counts):
+    """Sets int32 [n] to zero."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def store(ctx, counts):
+        zero = mgpu.c(0, ir.IntegerType.get_signless(32))
+        for i in range(ir.MemRefType(counts.type).shape[0]):
+            memref.store(zero, counts, [mgpu.c(i, ir.IndexType.get())])
+
+    store(counts)
+
+
 def wait_for_count(ref, value: int):
     """Waits until a count has come to `value`."""
 
@@ -173,6 +219,20 @@ def wait_for_count(ref, value: int):
         mgpu_utils.SemaphoreRef(mgpu_utils.memref_ptr(ref)).wait(value, decrement=False)
 
     wait(ref)
+
+
+def wait_for_meeting(met, meetings):
+    """Counts `meetings`, int32 [1], up by one, and waits until each of the counts `met` has come as far."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (1 + len(met)))
+    def wait(ctx, meetings, *met):
+        i32, first = ir.IntegerType.get_signless(32), mgpu.c(0, ir.IndexType.get())
+        now = arith.addi(memref.load(meetings, [first]), mgpu.c(1, i32))
+        for ref in met:
+            mgpu_utils.SemaphoreRef(mgpu_utils.memref_ptr(ref)).wait(now, decrement=False)
+        memref.store(now, meetings, [first])  # all threads have read it: each wait ends with a barrier
+
+    wait(meetings, *met)
 
 
 def expect_at(ref, own):

@@ -149,14 +149,22 @@ def init_cache(spec: RolloutSpec, batch: int, dtype, *, stacked: bool = True) ->
 
 
 def new_cache(spec: RolloutSpec, batch: int, dtype, *, stacked: bool = True) -> KVCache:
-    """`init_cache` as one program: unrolled, it is two arrays a layer, and the first frame waits for them all."""
+    """`init_cache` as one program: unrolled, it is two arrays a layer, and the first frame waits for them all.
+
+    Pass it to `denoise_block` and `write_context` outside of programs of your own, or have these donate it, too: on
+    several GPUs it knows where the others' caches lie.
+    """
     return _cache_program(spec, batch, jnp.dtype(dtype), stacked)()
 
 
 @functools.lru_cache(maxsize=64)
 def _cache_program(spec, batch, dtype, stacked):
-    make = functools.partial(init_cache, spec, batch, dtype, stacked=stacked)
-    return jax.jit(make, out_shardings=spec.parallel.cache_sharding(stacked=stacked))
+    def make():
+        cache = init_cache(spec, batch, dtype, stacked=stacked)
+        return spec.parallel.join_cache(cache, spec.transformer, spec.layout.tokens)
+
+    both = (spec.parallel.cache_sharding(stacked=stacked),) * 2
+    return jax.jit(make, out_shardings=KVCache(*both))
 
 
 @functools.partial(jax.jit, static_argnames="spec")

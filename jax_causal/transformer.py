@@ -10,6 +10,7 @@ runs faster and compiles more slowly; there q, k and v of self-attention are one
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -128,9 +129,10 @@ class CausalDiT(nnx.Module):
                     qk, v, scales, table, cache, layer, placement, layout, config.eps
                 )
 
-            cache = parallel.begin_pass(cache, layout.tokens)
-            x, e, cache = self._run_fused(x, t, text, attend_product, cache, parallel)
-            return self.head(x, e), cache
+            begun = parallel.begin_pass(cache, layout.tokens)
+            x, e, done = self._run_fused(x, t, text, attend_product, begun, parallel)
+            # What was not there before is of this pass: behind it the cache may be copied.
+            return self.head(x, e), done if cache.reach is not None else dataclasses.replace(done, reach=None)
 
         def attend(q, k, v, layer, cache):
             return parallel.attend_cached(q, k, v, table, cache, layer, placement, layout)

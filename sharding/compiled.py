@@ -11,6 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_causal import rollout, transformer
 from jax_causal.rollout import RolloutSpec
@@ -62,8 +63,9 @@ def abstract_block(spec: RolloutSpec, dtype, batch: int = 1) -> tuple:
     if not stacked:
         params = jax.eval_shape(transformer.unroll, params)
     params = jax.tree.map(_with, params, parallel.shardings(params))
-    cache = jax.eval_shape(functools.partial(rollout.init_cache, spec, batch, dtype, stacked=stacked))
-    cache = _with(cache, parallel.cache_sharding(stacked=stacked))
+    cache = jax.eval_shape(functools.partial(rollout.new_cache, spec, batch, dtype, stacked=stacked))
+    reach = _with(cache.reach, NamedSharding(parallel.mesh, PartitionSpec(parallel.mesh.axis_names)))
+    cache = dataclasses.replace(_with(cache, parallel.cache_sharding(stacked=stacked)), reach=reach)
     embeds = jax.ShapeDtypeStruct((batch, config.text_length, config.text_dim), dtype)
     text = jax.eval_shape(functools.partial(rollout.embed_text, spec), params, embeds)
     text = laid_out(text, *(["layers"] if stacked else []), "batch")

@@ -35,22 +35,20 @@ def normalise(qk, scales, eps: float):
     return fused_rotation.normalise(qk, scales, eps)
 
 
-def begin_pass(keys, values, *, peers):
-    """`peer_memory.reach`."""
+def begin_pass(keys, values, reach, *, peers):
+    """`peer_memory.join`, or `meet` where that has been."""
     from jax_causal import peer_memory
 
-    return peer_memory.reach(peers, keys, values)
+    return peer_memory.meet(peers, keys, values, reach) if reach else peer_memory.join(peers, keys, values)
 
 
-def attend(
-    qk, v, scales, table, keys, values, reach, slots, held, *, peers, eps, layout, layer, last, backend
-):
+def attend(qk, v, scales, table, keys, values, reach, slots, held, *, peers, eps, layout, layer, backend):
     """Attention of a block against the cache of a layer, with the block in it.
 
     Arguments are those of `fused_rotation.rotate_into_cache`; `held` frames are attended to.
 
     Returns:
-      [B, F, m, N, D], keys and values of the cache, and `reach` if layers follow that need it.
+      [B, F, m, N, D], keys and values of the cache, and `reach` for the next layer.
     """
     from jax_causal import fused_rotation
 
@@ -62,4 +60,4 @@ def attend(
         eps=eps, peers=peers, received=received, reach=reach, layer=layer,
     )  # fmt: skip
     out = causal_rope_sp.attend_held(q, keys, values, layout.part_length(held), backend)
-    return out, keys, values, None if last else reach
+    return out, keys, values, reach

@@ -260,7 +260,6 @@ class Sharded:
             eps=eps,
             layout=layout,
             layer=layer,
-            last=layer == len(cache.k) - 1,
             backend=self.backend,
         )
         tokens, pairs, cached = (self._spec(x) for x in (QKV, (*QKV, None), self._cache_names[1:]))
@@ -271,15 +270,19 @@ class Sharded:
         out, *both, reach = run(qk, v, scales, table, *cache.read(layer), cache.reach, *numbers)
         return out, dataclasses.replace(cache.replace_layer(layer, *both), reach=reach)
 
+    def join_cache(self, cache, config, tokens):
+        direct = isinstance(cache.k, tuple) and self.writes_directly(tokens, config, cache.k[0].dtype)
+        return self.begin_pass(cache, tokens) if direct else cache
+
     def begin_pass(self, cache, tokens):
         peers = self._peers(tokens)
         if peers is None or not peers.travels:
             return cache
         cached, reach = self._spec(self._cache_names[1:]), P(self.mesh.axis_names)
         body = functools.partial(direct.begin_pass, peers=peers)
-        run = self._shard_map(body, (cached, cached), (cached, cached, reach), check_vma=False)
+        run = self._shard_map(body, (cached, cached, reach), (cached, cached, reach), check_vma=False)
         return dataclasses.replace(
-            cache, **dict(zip(("k", "v", "reach"), run(cache.k, cache.v), strict=True))
+            cache, **dict(zip(("k", "v", "reach"), run(cache.k, cache.v, cache.reach), strict=True))
         )
 
     def _peers(self, tokens):

@@ -24,13 +24,14 @@ class Machine:
       references: which of its device's memory a kernel is given, by number.
       awaited: by device, the counts that its kernels ended with.
       checked: by device, the numbers of the arrays that were found where peers expect them.
+      met: by device, the places of the counts of peers that its kernels waited for.
       order: in which other devices' memory was written and counted in: ("write" or "count", device).
     """
 
     axis, device, memory, references = "seq", 0, None, ()
 
     def __init__(self):
-        self.awaited, self.checked = collections.defaultdict(list), collections.defaultdict(list)
+        self.awaited, self.checked, self.met = (collections.defaultdict(list) for _ in range(3))
         self.order = []
 
     def address(self, array):
@@ -139,6 +140,13 @@ def machine(monkeypatch):
         assert tuple(own.array) == machine.address(ref.array)
         machine.checked[machine.device].append(int(own.array[1]))
 
+    def clear(counts):
+        counts.array[...] = 0
+
+    def wait_for_meeting(met, meetings):
+        meetings.array[...] += 1
+        machine.met[machine.device].append([ref.index[0] for ref in met])
+
     def wait_for_count(ref, value):
         machine.awaited[machine.device].append(value)
 
@@ -159,7 +167,7 @@ def machine(monkeypatch):
         jax.lax, "axis_index", lambda name: jnp.int32(machine.device if name == machine.axis else place[name])
     )
     monkeypatch.setattr(plgpu, "remote_ref", remote, raising=False)
-    for function in (store_address, send, count_one, wait_for_count, expect_at):
+    for function in (store_address, send, count_one, wait_for_count, expect_at, clear, wait_for_meeting):
         monkeypatch.setattr(peer_memory, function.__name__, function)
     monkeypatch.setattr(pl, "when", when)
     with jax.disable_jit():

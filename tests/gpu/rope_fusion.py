@@ -5,8 +5,9 @@
     PYTHONPATH=. python tests/gpu/rope_fusion.py --print      # only says where the rotation is in the fixture
 
 The program is the denoising step of two layers of the 1.3B shape, in bf16, through the `shard_map` of Causal-RoPE SP:
-once as XLA fuses it, on one GPU ("xla"), and once by the kernels of `fused_rotation`, on two ("kernel"); and by these
-the context pass ("context"). Run it again, and commit the file, whenever the test says that the fixture is stale.
+once as XLA fuses it, on one GPU ("xla"), and once by the kernels of `fused_rotation`, on two ("kernel"), with a cache
+from another program or one of its own ("alone"); and by these the context pass ("context"). Run it again, and commit
+the file, whenever the test says that the fixture is stale.
 """
 
 import argparse
@@ -43,7 +44,7 @@ from tests.gpu import compiled_for
 
 FIXTURE = Path(__file__).with_name("rope_fusion.hlo.gz")
 LAYERS = 2
-FORMS = {"xla": 1, "kernel": 2, "context": 2}  # how the layers run, and on how many devices
+FORMS = {"xla": 1, "kernel": 2, "alone": 2, "context": 2}  # how the layers run, and on how many devices
 SOURCES = (
     attention_hopper, attention_plan, attention_tile, direct, fused_norm, fused_rotation, hopper_rows, mesh,
     peer_memory, sequence_parallel,
@@ -120,7 +121,9 @@ def compile_text(form: str, devices, *, described: bool) -> str:
         params, cache, text, x0, _, place = arguments
         lowered = rollout.write_context.lower(spec, params, cache, text, x0, place, jnp.float32(0))
     else:
-        lowered = rollout.denoise_block.lower(spec, *arguments)
+        params, cache, *rest = arguments
+        cache = dataclasses.replace(cache, reach=None) if form == "alone" else cache
+        lowered = rollout.denoise_block.lower(spec, params, cache, *rest)
     if described:
         return compiled_for.compiled_text(lowered)
     return re.sub(r'"[^"\n]{2000,}"', '""', lowered.compile().as_text())  # without the code of Pallas kernels

@@ -94,7 +94,7 @@ def run(case: str) -> int:
     peers = Peers(2, S, SEQ)
 
     def kernel(qk, v, scales, table, keys, values, slots, received=None):
-        (keys,), (values,), reach = peer_memory.reach(peers, (keys,), (values,))  # a pass of one layer
+        (keys,), (values,), reach = peer_memory.join(peers, (keys,), (values,))  # a pass of one layer
         return fused_rotation.rotate_into_cache(
             qk, v, scales, table, keys, values, slots, eps=EPS, peers=peers, received=received, reach=reach
         )[:3]

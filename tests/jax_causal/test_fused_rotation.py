@@ -84,7 +84,7 @@ def test_devices_write_to_all_caches(machine, tokens, devices, rows, ahead):
     )
     expected_q, expected_k = _expected(qkv, scales, table)
     peers, layer, layers = Peers(devices, tokens, machine.axis), 1, 3
-    reaches = _begin_pass(machine, peers, *([x] * layers for x in (keys, values)))
+    reaches = _join(machine, peers, *([x] * layers for x in (keys, values)))
     here_is = layer, layers + layer, 2 * layers
     # As `Sharded` cuts them, with whatever rows of padding.
     index = np.minimum(np.arange(devices * rows), tokens - 1).reshape(devices, rows)
@@ -111,27 +111,60 @@ def test_devices_write_to_all_caches(machine, tokens, devices, rows, ahead):
             assert events == ["write", "count"] * (len(events) // 2)
 
 
-def _begin_pass(machine, peers, keys, values):
+def _join(machine, peers, keys, values):
     """Every device's memory, with caches of its own and counts, and its `Reach`."""
     layers = len(keys)
     machine.memory = [
-        [*(np.array(x[:, 0]) for x in (*keys, *values)), np.zeros(layers, np.int32)]
+        [
+            *(np.array(x[:, 0]) for x in (*keys, *values)),
+            *(np.zeros(n, np.int32) for n in (layers, peers.count, 1)),
+        ]
         for _ in range(peers.count)
     ]
-    machine.references, reaches = range(2 * layers + 1), []
+    machine.references, reaches = range(2 * layers + 3), []
     for machine.device in range(peers.count):
-        _, _, reach = peer_memory.reach(peers, tuple(keys), tuple(values))
+        _, _, reach = peer_memory.join(peers, tuple(keys), tuple(values))
         reaches.append(reach)
     return reaches
 
 
-def test_a_pass_begins_with_the_addresses_of_all_caches(machine):
+def test_devices_tell_each_other_where_their_caches_lie(machine):
     *_, keys, values, _ = _queries(B=1, F=1, S=8, slots=(1,), room=24)
-    reaches = _begin_pass(machine, Peers(3, 24, machine.axis), [keys, keys], [values, values])
+    reaches = _join(machine, Peers(3, 24, machine.axis), [keys, keys], [values, values])
     for device, reach in enumerate(reaches):
-        assert (reach.counts == 0).all()
+        assert not any(x.any() for x in reach[1:])
         devices = [(device + step) % 3 for step in range(3)]
-        assert reach.addresses.tolist() == [[[other, number] for number in range(5)] for other in devices]
+        assert reach.addresses.tolist() == [[[other, number] for number in range(6)] for other in devices]
+
+
+def test_devices_meet_before_another_pass(machine):
+    """Each counts at all others, which wait for it there, once its own arrays are found in place and its counts are
+    zero."""
+    *_, keys, values, _ = _queries(B=1, F=1, S=8, slots=(1,), room=24)
+    peers, caches = Peers(3, 24, machine.axis), ((keys, keys), (values, values))
+    reaches = _join(machine, peers, *caches)
+    for passes in (1, 2):
+        for device in range(3):
+            machine.device, counts = device, machine.memory[device][4]
+            counts[...] = 7  # of the pass before
+            machine.checked.clear()
+            *_, reach = peer_memory.meet(peers, *caches, reaches[device])
+            assert machine.checked == {device: list(range(6))}
+            assert not counts.any()
+            assert reach.meetings.tolist() == [passes]
+        for *_, met, _ in machine.memory:
+            assert met.tolist() == [0, passes, passes]
+    assert all(places == [[1, 2]] * 2 for places in machine.met.values())
+
+
+def test_a_device_counts_where_the_others_wait_for_it(machine):
+    """Device 0 is 2 behind device 1, which waits for it at 2, and 1 behind device 2."""
+    *_, keys, values, _ = _queries(B=1, F=1, S=8, slots=(1,), room=24)
+    peers, caches = Peers(3, 24, machine.axis), ((keys,), (values,))
+    reaches = _join(machine, peers, *caches)
+    machine.device = 0
+    peer_memory.meet(peers, *caches, reaches[0])
+    assert [arrays[3].tolist() for arrays in machine.memory] == [[0, 0, 0], [0, 0, 1], [0, 1, 0]]
 
 
 @pytest.mark.parametrize(

@@ -25,19 +25,17 @@ pytestmark = pytest.mark.sp
 
 @pytest.fixture
 def peers(monkeypatch):
-    """In order, the beginnings of passes and the layers of them that write to peers, with these."""
+    """In order, what begins passes and the layers of them that write to peers, with these."""
     found = []
 
-    def reach(peers, keys, values):
-        found.append(("begin", peers))
-        layers = len(keys)
-        return (
-            keys,
-            values,
-            peer_memory.Reach(
-                jnp.zeros((peers.count, 2 * layers + 1, 2), jnp.int32), jnp.zeros(layers, jnp.int32)
-            ),
-        )
+    def join(peers, keys, values):
+        found.append(("join", peers))
+        shapes = (peers.count, 2 * len(keys) + 2, 2), len(keys), peers.count, 1
+        return keys, values, peer_memory.Reach(*(jnp.zeros(shape, jnp.int32) for shape in shapes))
+
+    def meet(peers, keys, values, reach):
+        found.append(("meet", peers))
+        return keys, values, reach
 
     def rotate(eps, peers, products, scales, factors, written, numbers):
         found.append(("layer", peers))
@@ -48,7 +46,8 @@ def peers(monkeypatch):
 
     monkeypatch.setattr(Sharded, "fuses", lambda *args: True)
     monkeypatch.setattr(peer_memory, "can_reach_peers", lambda: True)
-    monkeypatch.setattr(peer_memory, "reach", reach)
+    monkeypatch.setattr(peer_memory, "join", join)
+    monkeypatch.setattr(peer_memory, "meet", meet)
     monkeypatch.setattr(fused_rotation, "_rotate_kernel", rotate)
     monkeypatch.setattr(fused_norm, "_add_norm_kernel", fused_norm.plain_add_norm)
     jax.clear_caches()  # of the same programs without
@@ -67,17 +66,35 @@ def peers(monkeypatch):
     ],
 )
 def test_golden_rollout(peers, name, strategy, devices, direct):
-    config, _ = golden_transformer(load(name))
-    model = dataclasses.replace(PRESETS["tiny"], transformer=config)
-    parallel = SequenceParallel(devices, strategy, direct=direct).for_model(model)
-    golden = GoldenRollout(name, parallel=parallel, unrolled=True)
+    golden = _golden(name, strategy, devices, direct)
     np.testing.assert_allclose(golden.run(), golden.data["latents"], atol=ATOL)
     golden.check_cache(ATOL)
     writes = strategy == "gather" and direct
     assert {(p.count, p.axis) for _, p in peers} == ({(devices, "seq")} if writes else set())
     # Every pass, the context pass too.
-    each, what = ["begin", *["layer"] * config.num_layers], [what for what, _ in peers]
+    each, what = ["join", *["layer"] * golden.config.num_layers], [what for what, _ in peers]
     assert what == each * (len(what) // len(each))
+
+
+@pytest.mark.golden
+def test_golden_rollout_with_a_cache_that_programs_pass_on(peers):
+    """Devices join theirs once; what is known of them goes along."""
+    golden = _golden("rollout_full", "gather", 2, direct=True)
+    golden.cache = rollout.new_cache(golden.spec, golden.batch, jnp.float32, stacked=False)
+    np.testing.assert_allclose(golden.run(), golden.data["latents"], atol=ATOL)
+    golden.check_cache(ATOL)
+    assert golden.cache.reach is not None
+    first, *what = (what for what, _ in peers)
+    each = ["meet", *["layer"] * golden.config.num_layers]
+    assert first == "join"
+    assert what == each * (len(what) // len(each))
+
+
+def _golden(name, strategy, devices, direct):
+    config, _ = golden_transformer(load(name))
+    model = dataclasses.replace(PRESETS["tiny"], transformer=config)
+    parallel = SequenceParallel(devices, strategy, direct=direct, unroll=True).for_model(model)
+    return GoldenRollout(name, parallel=parallel, unrolled=True)
 
 
 def test_who_can_send(monkeypatch):
