@@ -6,7 +6,8 @@ is in `attention_tile`.
 
 Two such blocks on neighbouring processors, a cluster, walk over the same keys for 128 queries each: a block copies one
 half of every step's keys and values, to both, and so half as much passes from the L2 cache. Which block does what is
-said by `attention_plan`; what several find for the same queries is merged by fp32 statistics, from fp32 outputs.
+said by `attention_plan`; what several find for the same queries is merged by fp32 statistics, from fp32 outputs. So is,
+within a block, what the two warpgroups find for a thin tile, of 64 queries at most, for which they take turns.
 """
 
 from __future__ import annotations
@@ -102,6 +103,16 @@ def forward(q, k, v, length, *, plan: Plan, no_keys: float):
         "k_free": free,
         "v_free": free,
     }
+    if plan.thin_pairs:
+        scratch |= {
+            "other_out_smem": plgpu.SMEM(
+                (ROWS, D),
+                jnp.float32,
+                transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
+            ),
+            "other_ready": plgpu.Barrier(),
+            "other_free": plgpu.Barrier(),
+        }
     if plan.shared:
         out_type += [
             jax.ShapeDtypeStruct((plan.runs, B, plan.shared * TILE, N, D), jnp.float32),
@@ -209,8 +220,12 @@ def _kernel(
         queries, shown, ready = q_smem.at[me], out_smem.at[me], q_ready.at[me]
         buffers = (k_smem, k_ready, k_free), (v_smem, v_ready, v_free)
 
+        def first_row(place):
+            """Of a warpgroup in its tile: of a thin one, both have the first half."""
+            return jnp.where(place.thin, 0, me * ROWS) if plan.thin_pairs else me * ROWS
+
         def first_query(place):
-            return (place.tile + jnp.where(place.shared, plan.whole, 0)) * TILE + me * ROWS
+            return (place.tile + jnp.where(place.shared, plan.whole, 0)) * TILE + first_row(place)
 
         def load_queries(index):
             place = find(index)
@@ -218,14 +233,16 @@ def _kernel(
             rows = pl.ds(first_query(place), ROWS)
             plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], queries, ready)
 
-        def attend_to(index, done, count, valid, ahead):
+        def attend_to(index, done, count, valid, ahead, turn=None):
             attended = functools.partial(
-                attention_tile.attend, queries, *buffers, done, count, valid, no_keys, ahead
+                attention_tile.attend, queries, *buffers, done, count, valid, no_keys, ahead, turn=turn
             )
-            out, lse = pl.run_scoped(attended, plgpu.ACC((ROWS, queries.shape[1]), jnp.float32))
+            return pl.run_scoped(attended, plgpu.ACC((ROWS, queries.shape[1]), jnp.float32))
+
+        def write(index, out, lse):
             place = find(index)
             batch, head = lax.div(place.head, N), lax.rem(place.head, N)
-            rows = pl.ds(place.tile * TILE + me * ROWS, ROWS)  # in whole or shared ones
+            rows = pl.ds(place.tile * TILE + first_row(place), ROWS)  # in whole or shared ones
 
             @pl.when(jnp.logical_not(place.shared))
             def _whole():
@@ -244,6 +261,27 @@ def _kernel(
                     shared_out[place.run, batch, rows, head] = out
                     store(shared_lse.at[place.run, batch, rows, head], lse)
 
+        def take_turns(index, done, count, valid, ahead):
+            """The first warpgroup merges what both have found, and writes it."""
+            other_out, ready, free = (scratch[f"other_{name}"] for name in ("out_smem", "ready", "free"))
+            other_lse = lse_smem.at[1]  # there is no more room
+            out, lse = attend_to(index, done, count, valid, ahead, turn=me)
+
+            @pl.when(me == 1)
+            def _tell():
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left this memory
+                other_out[...] = out
+                other_lse[...] = lse
+                plgpu.barrier_arrive(ready)
+                plgpu.barrier_wait(free)
+
+            @pl.when(me == 0)
+            def _merge():
+                plgpu.barrier_wait(ready)
+                merged = attention_tile.merge(out, lse, other_out, other_lse)
+                plgpu.barrier_arrive(free)
+                write(index, *merged)
+
         def tile(index, done):
             place, _, count, valid = walk(index)
 
@@ -253,8 +291,11 @@ def _kernel(
             plgpu.barrier_wait(ready)
             # The last queries of a head may leave one of the two warpgroups without any.
             any_queries = first_query(place) < q_ref.shape[1]
-            pl.when(any_queries)(lambda: attend_to(index, done, count, valid, ahead))
+            by_itself = any_queries & jnp.logical_not(place.thin) if plan.thin_pairs else any_queries
+            pl.when(by_itself)(lambda: write(index, *attend_to(index, done, count, valid, ahead)))
             pl.when(jnp.logical_not(any_queries))(lambda: attention_tile.skip(*buffers, done, count, ahead))
+            if plan.thin_pairs:
+                pl.when(place.thin)(lambda: take_turns(index, done, count, valid, ahead))
             return done + count
 
         load_queries(0)

@@ -8,10 +8,14 @@ have no keys in common. As many clusters as the card has room for each take one 
 tiles of every head are laid in a row, keys behind keys, and a cluster gets the stretch of it that makes its share even:
 the rest of a pair that others have begun, or the beginning of one, or both (stream-K, arXiv:2301.03598). What several
 find for the same queries is merged.
+
+Half of these queries, on one of two devices, are 18.4 tiles a head. A last tile of 64 at most is thin: where it is
+paired with that of another head, the two halves of a block take turns with its keys, which are so walked twice as fast.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -20,8 +24,10 @@ import numpy as np
 from jax import lax
 
 TILE = 128  # queries of a block
+THIN = TILE // 2  # queries that a half of it takes
 CLUSTER = 2  # blocks
 PARTS = 1024  # of the keys of a shared pair, in which stretches are counted
+THIN_PARTS = 512  # so long a stretch are all the keys of thin tiles
 # In keys that a block could walk over meanwhile (11.7 ns each on an H200): what a tile costs beside its keys, what a
 # merge costs, and what it costs for every run of every tile.
 TILE_COST, MERGE_COST, RUN_COST = 300, 450, 3
@@ -38,6 +44,7 @@ class Place(NamedTuple):
       together: whether the other block of the cluster walks over the same keys.
       run: where to put what is found for a shared tile; no two blocks of one tile have the same.
       begin, end: the part of the keys, of `PARTS`.
+      thin: whether the halves of a block take turns with the keys.
     """
 
     shared: jax.Array
@@ -47,25 +54,28 @@ class Place(NamedTuple):
     run: jax.Array
     begin: jax.Array
     end: jax.Array
+    thin: jax.Array
 
 
 class Plan(NamedTuple):
     """In each of `heads` (all samples' together), the last `shared` of `tiles` are walked by several of `clusters`, the
-    others by one."""
+    others by one. The last tile can be `thin`."""
 
     tiles: int
     heads: int
     shared: int
     clusters: int
+    thin: bool = False
 
     @classmethod
     def cheapest(cls, queries: int, heads: int, keys: int, processors: int) -> Plan:
         """The plan that ends first, for `queries` of `heads` over `keys`."""
         tiles = -(-queries // TILE)
         room = max(processors // CLUSTER, 1)
-        alone = cls(tiles, heads, 0, min(room, _pairs(tiles, heads)))
+        thin = queries - (tiles - 1) * TILE <= THIN
+        alone = cls(tiles, heads, 0, min(room, _pairs(tiles, heads)), thin)
         room = min(room, MOST * _pairs(tiles, heads))
-        plans = [cls(tiles, heads, shared, room) for shared in range(1, tiles + 1)]
+        plans = [cls(tiles, heads, shared, room, thin) for shared in range(1, tiles + 1)]
         return min([alone, *filter(cls._is_even, plans)], key=lambda plan: plan._cost(keys))
 
     def _is_even(self) -> bool:
@@ -74,7 +84,7 @@ class Plan(NamedTuple):
 
     def _share(self) -> float:
         """Pairs for each cluster."""
-        return (self.whole_pairs + self.shared_pairs) / self.clusters
+        return (self.whole_pairs + self._starts()[-1] / PARTS) / self.clusters
 
     def _cost(self, keys: int) -> float:
         rounds = -(-self.whole_pairs // self.clusters)
@@ -98,9 +108,21 @@ class Plan(NamedTuple):
     def shared_pairs(self) -> int:
         return _pairs(self.shared, self.heads)
 
+    @property
+    def thin_pairs(self) -> int:
+        """The last ones of the shared pairs, or of all where none is shared: of two heads' thin tiles."""
+        return -(-self.heads // CLUSTER) if self.thin and (self.shared or self.tiles) % CLUSTER else 0
+
+    def _starts(self) -> np.ndarray:
+        """Where each shared pair begins in the row of them, and where the last one ends."""
+        lengths = np.full(self.shared_pairs, PARTS)
+        if self.shared:
+            lengths[self._first_thin :] = THIN_PARTS
+        return np.concatenate([[0], np.cumsum(lengths)])
+
     def borders(self) -> np.ndarray:
         """Where each cluster's stretch of the shared pairs begins, and where the last one ends, int32 [clusters + 1]:
-        `PARTS` to a pair."""
+        `PARTS` to a pair, or `THIN_PARTS`."""
         if not self.shared:
             return np.zeros(self.clusters + 1, np.int32)
         wholes = -(-(self.whole_pairs - np.arange(self.clusters)) // self.clusters)
@@ -111,8 +133,9 @@ class Plan(NamedTuple):
         """The clusters that walk each shared pair."""
         borders = self.borders()
         begins, ends = borders[:-1], borders[1:]
-        pairs = PARTS * np.arange(self.shared_pairs)
-        return [range(int((ends <= pair).sum()), int((begins < pair + PARTS).sum())) for pair in pairs]
+        starts = self._starts()
+        pairs = itertools.pairwise(starts)
+        return [range(int((ends <= first).sum()), int((begins < behind).sum())) for first, behind in pairs]
 
     @property
     def runs(self) -> int:
@@ -159,15 +182,17 @@ class Plan(NamedTuple):
         head, of_tile = jnp.where(shared, rest, quotient), jnp.where(shared, quotient, rest)
         # With an odd number of heads the last two blocks do the same.
         last_head = jnp.minimum((pair - self.heads * of_head) * CLUSTER + side, self.heads - 1)
-        first = jnp.where(shared, pair * PARTS, 0)
+        first, length = self._stretch_of(pair)
+        last_tile = jnp.logical_not(together) & (shared == (self.shared > 0))
         return Place(
             shared,
             tile=jnp.where(together, of_tile * CLUSTER + side, tiles - 1),
             head=jnp.where(together, head, last_head),
             together=together,
             run=lax.rem(cluster, self.runs),
-            begin=jnp.where(shared, jnp.maximum(begin - first, 0), 0),
-            end=jnp.where(shared, jnp.minimum(end - first, PARTS), PARTS),
+            begin=jnp.where(shared, self._in_parts(jnp.maximum(begin - first, 0), length), 0),
+            end=jnp.where(shared, self._in_parts(jnp.minimum(end - first, length), length), PARTS),
+            thin=last_tile if self.thin_pairs else jnp.zeros_like(last_tile),
         )
 
     def _wholes(self, cluster):
@@ -175,9 +200,34 @@ class Plan(NamedTuple):
 
     def _stretch(self, begin, end):
         """The first shared pair of a stretch, and the first behind it."""
-        first = lax.div(begin, PARTS)
-        behind = lax.div(end + (PARTS - 1), PARTS)
+        first = self._pair_at(begin)
+        behind = self._pair_at(end - 1) + 1
         return first, jnp.where(end > begin, behind, first)
+
+    def _pair_at(self, position):
+        """The shared pair whose stretch this is in."""
+        if not self.thin_pairs:
+            return lax.div(position, PARTS)
+        behind = position - self._first_thin * PARTS
+        thin = self._first_thin + lax.div(behind, THIN_PARTS)
+        return jnp.where(behind < 0, lax.div(position, PARTS), thin)
+
+    def _stretch_of(self, pair):
+        """Where the stretch of a shared pair begins, and how long it is."""
+        if not self.thin_pairs:
+            return pair * PARTS, PARTS
+        behind = pair - self._first_thin
+        length = jnp.where(behind < 0, PARTS, THIN_PARTS)
+        return self._first_thin * PARTS + behind * length, length
+
+    def _in_parts(self, position, length):
+        """A place in a stretch of this length."""
+        return position if not self.thin_pairs else position * lax.div(PARTS, length)
+
+    @property
+    def _first_thin(self) -> int:
+        """Of the shared pairs."""
+        return self.shared_pairs - self.thin_pairs
 
     def span(self, place: Place, key_tiles):
         """The first of `key_tiles` that a block walks over, and the first behind them."""

@@ -18,6 +18,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, nvvm, scf, vector
 
+from jax_causal.hopper_rows import INDEX
+
 ROWS = 64  # queries of one warpgroup
 BLOCK_K = 128  # keys of one step
 
@@ -34,8 +36,10 @@ def skip(keys, values, done, count, ahead):
             plgpu.barrier_arrive(free.at[slot])
 
 
-def attend(q, keys, values, done, count, valid, no_keys, ahead, out_acc):
+def attend(q, keys, values, done, count, valid, no_keys, ahead, out_acc, turn=None):
     """One warpgroup over `count` steps of keys, `valid` ones of the first step.
+
+    With a `turn`, 0 or 1, over every other step: two warpgroups with the same queries take turns.
 
     Args:
       q: queries [ROWS, D] in shared memory.
@@ -48,11 +52,32 @@ def attend(q, keys, values, done, count, valid, no_keys, ahead, out_acc):
       out [ROWS, D] and its log-sum-exp [ROWS], float32.
     """
     (k_smem, k_ready, k_free), (v_smem, v_ready, v_free) = keys, values
+    first_step, stride, own = 0, 1, count
+    if turn is not None:
+        first_step, stride = (
+            jnp.minimum(turn, count - 1),
+            2,
+        )  # of a single step both do it, and the second for nothing
+        own = lax.div(count - first_step + 1, 2)
+        valid = jnp.where(turn == 0, valid, jnp.where(count > 1, BLOCK_K, 0))
     scale = math.log2(math.e) / math.sqrt(q.shape[1])  # scores in base 2: exp2 is the native instruction
     scores_type = plgpu.ACC((ROWS, BLOCK_K), jnp.float32)
 
     def slot(i):
-        return lax.rem(done + jnp.asarray(i, jnp.int32), k_smem.shape[0])
+        return lax.rem(done + (first_step + stride * jnp.asarray(i, jnp.int32)), k_smem.shape[0])
+
+    def pass_over(ready, free, before):
+        """The other's step `before` the own one of this number, of which this warpgroup uses nothing."""
+        if turn is None:
+            return
+
+        def use_nothing(step):
+            at = lax.rem(done + step, k_smem.shape[0])
+            plgpu.barrier_wait(ready.at[at])
+            plgpu.barrier_arrive(free.at[at])
+
+        step = first_step + stride * jnp.asarray(before, jnp.int32) - 1
+        pl.when((step >= 0) & (step < count))(lambda: use_nothing(step))
 
     def softmax(s, peak, total):
         new_peak = jnp.maximum(peak, jnp.max(s, axis=1) * scale)
@@ -64,14 +89,18 @@ def attend(q, keys, values, done, count, valid, no_keys, ahead, out_acc):
         plgpu.wgmma(s_acc, q, k_smem.at[slot(0)].transpose((1, 0)))
         return s_acc[...]
 
+    pass_over(k_ready, k_free, 0)
     plgpu.barrier_wait(k_ready.at[slot(0)])
     s = pl.run_scoped(first, scores_type)
     plgpu.barrier_arrive(k_free.at[slot(0)])
+    pass_over(v_ready, v_free, 0)
+    pass_over(k_ready, k_free, 1)
     column = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA)
     s = jnp.where(column < valid, s, no_keys)
     # Below any score, and so far above `no_keys` that what is masked weighs nothing, even where all of it is.
     weights, peak, total, _ = softmax(s, _full(-1e30), _full(0))
-    plgpu.barrier_wait(v_ready.at[slot(0)])
+    if turn is None:
+        plgpu.barrier_wait(v_ready.at[slot(0)])
 
     def step(i, carry):
         weights, peak, total = carry
@@ -84,28 +113,49 @@ def attend(q, keys, values, done, count, valid, no_keys, ahead, out_acc):
 
         # Waits are before the scores are begun, or these are set to zero before the waits, which takes instructions.
         plgpu.barrier_wait(k_ready.at[this])
+        if turn is not None:
+            plgpu.barrier_wait(v_ready.at[last])
         s = pl.run_scoped(scores, scores_type)
         plgpu.barrier_arrive(k_free.at[this])
         # Softmax runs beside the second product only if the assembler cannot have the wait for that first: a loop that
         # waits keeps them apart. And 16-bit weights made before it would be registers of a product under way, which
         # the assembler forbids by waiting after every instruction of products.
         weights, peak, total, shrink = lax.optimization_barrier(softmax(s, peak, total))
-        plgpu.barrier_wait(v_ready.at[this])
+        if turn is None:
+            plgpu.barrier_wait(v_ready.at[this])
+        else:  # this step's come to where the last ones are: they can be waited for only when those are used
+            pass_over(v_ready, v_free, i)
         out = out_acc[...]
         plgpu.barrier_arrive(v_free.at[last])
+        pass_over(k_ready, k_free, i + 1)  # behind this step's values, for what is copied comes in order
         out_acc[...] = _rescaled(out, shrink)
         return weights.astype(q.dtype), peak, total
 
-    weights, peak, total = lax.fori_loop(1, count, step, (weights.astype(q.dtype), peak, total))
+    weights, peak, total = lax.fori_loop(1, own, step, (weights.astype(q.dtype), peak, total))
     ahead()
-    last = slot(count - 1)
+    last = slot(own - 1)
+    if turn is not None:
+        plgpu.barrier_wait(v_ready.at[last])
     plgpu.wgmma(out_acc, weights, v_smem.at[last])
     out = out_acc[...]
     plgpu.barrier_arrive(v_free.at[last])
+    pass_over(v_ready, v_free, own)
     total = jnp.maximum(total, 1e-30)  # it is 1 or more, or 0 without keys
     any_keys = (valid > 0).astype(jnp.float32)
     lse = peak * math.log(2) + jnp.log(total)
     return out / _over(total, out.shape), lse * any_keys + no_keys * (1 - any_keys)
+
+
+def merge(out, lse, other_out, other_lse):
+    """One attention from two over different keys for the same queries: [ROWS, D] and [ROWS] in registers, and as much
+    in shared memory."""
+    other_lse = plgpu.load(other_lse, *INDEX, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+    peak = jnp.maximum(lse, other_lse)
+    mine, theirs = jnp.exp(lse - peak), jnp.exp(other_lse - peak)
+    total = mine + theirs
+    other = plgpu.load(other_out, *INDEX, layout=plgpu.Layout.WGMMA)
+    merged = out * _over(mine / total, out.shape) + other * _over(theirs / total, out.shape)
+    return merged, peak + jnp.log(total)
 
 
 def _rescaled(out, shrink):

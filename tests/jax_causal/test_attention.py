@@ -334,7 +334,8 @@ def test_cudnn_statistic_is_float32(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("T", "K", "D", "parts"), [(4680, 32760, 128, None), (585, 1000, 64, 2), (4680, 512, 128, None)]
+    ("T", "K", "D", "parts"),
+    [(4680, 32760, 128, None), (2352, 32760, 128, None), (585, 1000, 64, 2), (4680, 512, 128, None)],
 )
 def test_hopper_kernel_lowers_for_a_gpu(monkeypatch, T, K, D, parts):
     monkeypatch.setattr(attn, "_device", lambda: H200)

@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
-from jax_causal.attention_plan import PARTS, Place, Plan
+from jax_causal.attention_plan import PARTS, THIN_PARTS, Place, Plan
 
 PROCESSORS = 132
 SIZES = [(4680, 12, 32760), (4680, 12, 512), (9360, 12, 32760), (585, 12, 32760), (2352, 12, 32760), (2340, 3, 18720),
-         (4680, 5, 32760), (4680, 40, 32760), (128, 1, 32760), (1, 1, 8)]  # fmt: skip
+         (4680, 5, 32760), (4680, 40, 32760), (1176, 12, 32760), (128, 1, 32760), (1, 1, 8)]  # fmt: skip
 
 
 def walks(plan, key_tiles):
@@ -35,21 +35,42 @@ def test_plan_fills_the_card(queries, heads, keys):
     assert 0 <= plan.shared <= plan.tiles
     assert 1 <= plan.clusters <= PROCESSORS // 2
     key_tiles = -(-keys // 128)
-    busy = [sum(stop - start for (_, (start, stop)), _ in walk) for walk in walks(plan, key_tiles)]
+    busy = [
+        sum((stop - start) * (0.5 if place.thin else 1) for (place, (start, stop)), _ in walk)
+        for walk in walks(plan, key_tiles)
+    ]
     assert max(busy) <= -(-heads * plan.tiles // PROCESSORS) * key_tiles
     if keys >= 18720 and heads * queries >= 12 * 585:
         assert max(busy) - min(busy) <= 2  # steps, rounded at both ends
-        assert heads * plan.tiles * key_tiles > 0.97 * max(busy) * PROCESSORS  # the best possible is 1
+        tiles = plan.tiles - (0.5 if plan.thin_pairs else 0)
+        assert heads * tiles * key_tiles > 0.97 * max(busy) * PROCESSORS  # the best possible is 1
     assert plan.runs <= 9
 
 
+def test_thin_tiles_are_those_of_half_a_block():
+    """Where an odd number of tiles is shared, the last ones are paired with those of other heads."""
+    for queries, thin_pairs in ((2352, 6), (2340, 6), (2368, 6), (2369, 0), (4680, 0), (2240, 6), (64, 6)):
+        plan = Plan.cheapest(queries, 12, 32760, PROCESSORS)
+        assert plan.thin_pairs == thin_pairs
+        thin = {
+            (bool(place.shared), int(place.tile), int(place.head))
+            for walk in walks(plan, 256)
+            for places in walk
+            for place, _ in places
+            if place.thin
+        }
+        last = bool(plan.shared), (plan.shared or plan.tiles) - 1
+        assert thin == ({(*last, head) for head in range(12)} if thin_pairs else set())
+
+
 def test_plan_of_a_card_with_a_single_processor():
-    assert Plan.cheapest(300, 2, 512, 1) == (3, 2, 0, 1)
+    assert Plan.cheapest(300, 2, 512, 1) == (3, 2, 0, 1, True)
 
 
 PLANS = [Plan(tiles, heads, shared, clusters)
          for tiles in (1, 3, 8) for heads in (1, 3, 12) for clusters in (1, 4, 66)
          for shared in sorted({0, 1, 2, tiles - 1, tiles}) if shared <= tiles]  # fmt: skip
+PLANS += [plan._replace(thin=True) for plan in PLANS]
 PLANS = [plan for plan in PLANS if plan.shared == 0 or plan._is_even()]
 
 
@@ -92,3 +113,9 @@ def test_shares_are_even():
     assert borders[-1] == PARTS * plan.shared_pairs
     share = (plan.whole_pairs + plan.shared_pairs) / plan.clusters - 3
     assert abs(np.diff(borders) - share * PARTS).max() <= 1
+
+
+def test_a_thin_pair_counts_less():
+    plan = Plan.cheapest(2352, 12, 32760, PROCESSORS)
+    assert plan.thin_pairs == 6
+    assert plan.borders()[-1] == PARTS * (plan.shared_pairs - 6) + THIN_PARTS * 6
