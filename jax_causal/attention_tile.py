@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, nvvm, scf, vector
 
-from jax_causal.hopper_rows import INDEX
+from jax_causal import hopper_rows
 
 ROWS = 64  # queries of one warpgroup
 BLOCK_K = 128  # keys of one step
@@ -146,16 +146,32 @@ def attend(q, keys, values, done, count, valid, no_keys, ahead, out_acc, turn=No
     return out / _over(total, out.shape), lse * any_keys + no_keys * (1 - any_keys)
 
 
-def merge(out, lse, other_out, other_lse):
-    """One attention from two over different keys for the same queries: [ROWS, D] and [ROWS] in registers, and as much
-    in shared memory."""
-    other_lse = plgpu.load(other_lse, *INDEX, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-    peak = jnp.maximum(lse, other_lse)
-    mine, theirs = jnp.exp(lse - peak), jnp.exp(other_lse - peak)
-    total = mine + theirs
-    other = plgpu.load(other_out, *INDEX, layout=plgpu.Layout.WGMMA)
-    merged = out * _over(mine / total, out.shape) + other * _over(theirs / total, out.shape)
-    return merged, peak + jnp.log(total)
+# What several find for the same queries, merged as `attention.merge` does.
+
+
+def begin(out, lse):
+    """What is merged with others: a sum of outputs with weights, the largest log-sum-exp, and the sum of weights."""
+    return out, lse, _full(1)
+
+
+def merge(found, other, other_lse):
+    """`begin` or the merge before, with what another one has found."""
+    out, peak, total = found
+    new_peak = jnp.maximum(peak, other_lse)
+    shrink, weight = jnp.exp(peak - new_peak), jnp.exp(other_lse - new_peak)
+    out = out * _over(shrink, out.shape) + other * _over(weight, out.shape)
+    return out, new_peak, total * shrink + weight
+
+
+def load_back(ref, layout):
+    """From shared memory."""
+    return plgpu.load(ref, *hopper_rows.INDEX, layout=layout)
+
+
+def merged(found):
+    """Output and log-sum-exp over the keys of all."""
+    out, peak, total = found
+    return out / _over(total, out.shape), peak + jnp.log(total)
 
 
 def _rescaled(out, shrink):

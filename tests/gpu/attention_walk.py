@@ -22,7 +22,7 @@ from jax._src.pallas.mosaic_gpu.interpret import params as interpreter
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_causal import attention, attention_hopper, attention_tile
+from jax_causal import attention, attention_hopper, attention_tile, hopper_rows
 from jax_causal.attention_plan import Plan
 
 # queries, heads, keys, how many of these are valid, and the plan
@@ -36,6 +36,7 @@ CASES = [
     (304, 4, 640, 630, Plan(tiles=3, heads=4, shared=0, clusters=1, thin=True)),
     (64, 2, 128, 100, Plan(tiles=1, heads=2, shared=0, clusters=1, thin=True)),
     (64, 2, 128, 0, Plan(tiles=1, heads=2, shared=1, clusters=2, thin=True)),
+    (250, 1, 640, 600, Plan(tiles=2, heads=1, shared=2, clusters=4)),
 ]
 
 
@@ -101,14 +102,6 @@ def attend_tile(q, keys, values, done, count, valid, no_keys, ahead, out_acc, tu
     return out / total[:, None], jnp.where(valid > 0, peak + jnp.log(total), no_keys)
 
 
-def merge(out, lse, other_out, other_lse):
-    """`attention_tile.merge`."""
-    outs, lses = (out, other_out[...]), (lse, other_lse[...])
-    weights = jnp.exp(jnp.stack(lses) - jnp.maximum(*lses))
-    weights /= weights.sum(axis=0)
-    return sum(w[:, None] * x for w, x in zip(weights, outs, strict=True)), jnp.logaddexp(*lses)
-
-
 def load(source, smem, ready, free, step, together):
     """`attention_hopper.load`, each block of a cluster for itself: the interpreter has no copies to both."""
     slot = lax.rem(step, attention_hopper.STAGES)
@@ -116,17 +109,27 @@ def load(source, smem, ready, free, step, together):
     plgpu.copy_gmem_to_smem(source, smem.at[slot], ready.at[slot])
 
 
+def count_one(ref):
+    ref[...] = jnp.int32(1)
+
+
+def wait_for_one(ref):
+    lax.while_loop(lambda found: found != 1, lambda _: ref[...], ref[...])
+
+
 def check(queries, heads, keys, length, plan) -> bool:
-    attention_hopper.load, attention_tile.attend, attention_tile.merge = load, attend_tile, merge
+    attention_hopper.load, attention_tile.attend = load, attend_tile
+    attention_tile._full = lambda value: jnp.full((attention_tile.ROWS,), value, jnp.float32)
+    hopper_rows.count_one, hopper_rows.wait_for_one = count_one, wait_for_one
+    hopper_rows.load = lambda ref, layout: ref[...]
+    attention_tile.load_back = lambda ref, layout: ref[...]
     plgpu.set_max_registers = lambda *args, **kwargs: None
     Plan.cheapest = lambda *args: plan
     q, k, v = (
         jax.random.normal(jax.random.key(i), (1, n, heads, 64), jnp.bfloat16)
         for i, n in enumerate((queries, keys, keys))
     )
-    attend = functools.partial(
-        attention_hopper.attend, no_keys=attention.NO_KEYS, merge=attention.merge, processors=132
-    )
+    attend = functools.partial(attention_hopper.attend, no_keys=attention.NO_KEYS, processors=132)
     # As one program: what is dispatched beside it can take the last thread that it waits for.
     with interpreter.force_gpu_interpret_mode(interpreter.InterpretGPUParams()):
         out, lse = jax.block_until_ready(jax.jit(attend)(q, k, v, jnp.int32(length)))
