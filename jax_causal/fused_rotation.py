@@ -64,8 +64,9 @@ def rotate_into_cache(
     products, factors = (qk, v, received), _factors(table)
     if not (peers and peers.travels):
         return *_rotate(eps, peers, products, scales, factors, (keys, values), (slots,)), reach
-    me = lax.axis_index(peers.axis)
-    numbers = slots, jnp.stack([jnp.int32(layer), me]), reach.addresses
+    # Two arrays: one is a constant, and the other the same for all layers.
+    where = jnp.full(1, layer, jnp.int32), lax.axis_index(peers.axis)[None]
+    numbers = slots, *where, reach.addresses
     *results, counts = _rotate(eps, peers, products, scales, factors, (keys, values, reach.counts), numbers)
     return *results, reach._replace(counts=counts)
 
@@ -145,9 +146,9 @@ def _rotate_kernel(eps, peers, products, scales, factors, written, numbers):
     def kernel(qk_ref, v_ref, *rest):
         received_ref, rest = (rest[0], rest[1:]) if ahead else (None, rest)
         q_scale_ref, k_scale_ref, factors_ref, slots_ref, *rest = rest
-        place_refs, rest = (rest[:2], rest[2:]) if travels else ((), rest)
+        there_refs, rest = (rest[:3], rest[3:]) if travels else ((), rest)
         keys_ref, values_ref, *counts_ref, q_ref = rest
-        there = _There(peers, *place_refs, keys_ref, values_ref, *counts_ref) if travels else None
+        there = _There(peers, *there_refs, keys_ref, values_ref, *counts_ref) if travels else None
         index, tile, part = (lax.axis_index(name) for name in grid)
         batch, frame = lax.div(index, F), lax.rem(index, F)
         tokens = hopper_rows.tile(tile, m)
@@ -222,8 +223,8 @@ def _rotate_kernel(eps, peers, products, scales, factors, written, numbers):
 class _There:
     """A layer of the cache on all devices, in the kernel; see `peer_memory.Reach`."""
 
-    def __init__(self, peers: Peers, numbers, addresses, keys, values, counts):
-        layer, self.me = numbers[0], numbers[1]
+    def __init__(self, peers: Peers, layer, me, addresses, keys, values, counts):
+        layer, self.me = layer[0], me[0]
         layers = counts.shape[0]
         self.count, self.addresses, self.peers = counts.at[layer], addresses, peers
         self.arrays = ((keys, layer), (values, layers + layer), (counts, 2 * layers))

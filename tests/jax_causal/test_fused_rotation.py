@@ -167,6 +167,28 @@ def test_a_device_counts_where_the_others_wait_for_it(machine):
     assert [arrays[3].tolist() for arrays in machine.memory] == [[0, 0, 0], [0, 0, 1], [0, 1, 0]]
 
 
+def test_gradient_goes_through_the_beginning_of_a_pass(machine):
+    """As through nothing at all."""
+    *_, keys, values, _ = _queries(B=1, F=1, S=8, slots=(1,), room=24)
+    peers, caches = Peers(2, 16, machine.axis), ((keys, 2 * keys), (values, 3 * values))
+    reach, *_ = _join(machine, peers, *caches)
+    machine.device = 0
+    weights = jax.tree.map(lambda x: random(x.shape, seed=x.size)[0], caches)
+
+    def loss(caches):
+        *joined, _ = peer_memory.join(peers, *caches)
+        *begun, _ = peer_memory.meet(peers, *joined, reach)
+        return sum(
+            (x.astype(jnp.float32) * w).sum()
+            for x, w in zip(*map(jax.tree.leaves, (begun, weights)), strict=True)
+        )
+
+    gradient = jax.grad(loss)(caches)
+    assert jax.tree.structure(gradient) == jax.tree.structure(caches)
+    for x, w in zip(*map(jax.tree.leaves, (gradient, weights)), strict=True):
+        np.testing.assert_array_equal(f64(x), f64(w))
+
+
 @pytest.mark.parametrize(
     ("tokens", "devices", "rows", "able"), [(20, 2, 10, True), (28, 3, 10, False), (26, 3, 12, False)]
 )

@@ -94,6 +94,18 @@ def test_our_kernel_goes_from_the_products_to_all_caches(program):
 
 
 @OURS
+def test_our_kernel_needs_no_kernel_for_small_operands(program):
+    """Of its layer alone: they are constants, or all layers' ones."""
+    around, kernels = _ours(program)
+    small = [
+        {_producer(around, name).name for name in kernel.operands if around[name].nbytes < 1e5}
+        for kernel in kernels
+    ]
+    own = set.union(*small) - set.intersection(*small)
+    assert {around[name].opcode for name in own} <= {"constant", "parameter", "custom-call"}
+
+
+@OURS
 def test_values_travel_while_queries_and_keys_are_multiplied(program):
     """And nothing else does."""
     around, kernels = _ours(program)
