@@ -51,15 +51,16 @@ def run(args: argparse.Namespace, parallel: Parallel, session=None) -> None:
         note(f"measuring fresh processes: {', '.join(bench_start.ROWS)}")
         started = [row for row in bench_start.measure(args) if row.name in wanted]
         _tell(started)
-    if first:
-        note(f"loading {job.config.name}")
+    say, tell = (note, _tell) if first else (_nothing, _nothing)
+    say(f"loading {job.config.name}")
     size = {name: job.inputs[name] for name in ("num_frames", "height", "width", "seed")}
     measured = bench.run(
         job.load(text_encoder=not wanted.isdisjoint(("text", "peak_memory_all"))),
         **size,
         repeats=args.repeats,
         only=wanted,
-        **({"progress": lambda what: note(f"measuring {what}"), "measured": _tell} if first else {}),
+        progress=lambda what: say(f"measuring {what}"),
+        measured=tell,
     )
     if not first:
         return
@@ -77,6 +78,10 @@ def run(args: argparse.Namespace, parallel: Parallel, session=None) -> None:
     write_json(record)
     if args.json != "-":
         report(*_sections(record, measured, earlier))
+
+
+def _nothing(_) -> None:
+    """Says nothing."""
 
 
 def check_distributed(args: argparse.Namespace) -> None:

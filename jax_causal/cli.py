@@ -68,6 +68,7 @@ def _explain(error: Exception, verb: str) -> tuple[str | None, int]:
 def _bench(args: argparse.Namespace) -> None:
     from jax_causal import bench_report
 
+    _check_processes(args)
     if args.distributed:
         bench_report.check_distributed(args)
     if args.scaling:
@@ -122,6 +123,7 @@ def _explain_sharding(args: argparse.Namespace) -> None:
 def _generate(args: argparse.Namespace) -> None:
     from jax_causal import generate
 
+    _check_processes(args)
     with _shared(args) as (parallel, session):
         generate.run(args, parallel, session)
 
@@ -130,9 +132,6 @@ def _generate(args: argparse.Namespace) -> None:
 def _shared(args: argparse.Namespace):
     """How to run, and this process's `sharding.distributed.Session` where it is one of several."""
     if not args.distributed:
-        for name in ("coordinator", "num_processes", "process_id", "timeout"):
-            if getattr(args, name) is not None:
-                raise ValueError(f"--{name.replace('_', '-')} is for several processes: add --distributed")
         yield _parallel(args), None
         return
     from sharding import SequenceParallel, distributed, processes
@@ -145,6 +144,13 @@ def _shared(args: argparse.Namespace):
         devices=args.devices,
     ) as session:
         yield SequenceParallel(processes.pick_devices(args.devices), args.strategy or "auto"), session
+
+
+def _check_processes(args: argparse.Namespace) -> None:
+    """Raises ValueError for options of several processes where there is one."""
+    for name in ("coordinator", "num_processes", "process_id", "timeout"):
+        if not args.distributed and getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is for several processes: add --distributed")
 
 
 def _parallel(args: argparse.Namespace):

@@ -122,8 +122,9 @@ def store_address(out, ref):
 
 
 def send(x, ref, own, others):
-    """Writes `x` to `ref`, a stretch of this device's array at the address `own`, and to the same stretch of those at
-    the addresses `others`, by the copy engine of the processor. Is there when this returns."""
+    """Writes `x` to `ref`, of its shape and dtype and without gaps in memory: a stretch of this device's array at the
+    address `own`; and to the same stretch of those at the addresses `others`, int32 [2] each. By the copy engine of the
+    processor; all of it is there when this returns. Once in a block of threads."""
 
     def through(smem):
         smem[...] = x

@@ -51,9 +51,8 @@ def exchange(mesh: Mesh, rules: Rules, run, seen, columns: tuple[int, int], weig
         out = run(seen, columns, weights, *others)
         # What is around the outermost columns, where they begin, and how many they are.
         edges = [(_join(from_left, first), 0, left), (_join(last, from_right), mine - right, right)]
-        if (
-            count == 2 and left == right
-        ):  # either device has one neighbour, and the other edge is right already
+        if count == 2 and left == right:
+            # Either device has one neighbour: the edge at its other side is right already.
             (at_left, _, _), (at_right, start, _) = edges
             leftmost = lax.axis_index(width) == 0
             edges = [(_choose(leftmost, at_right, at_left), jnp.where(leftmost, start, 0), left)]

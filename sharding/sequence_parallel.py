@@ -278,9 +278,8 @@ class Sharded:
         cached, reach = self._spec(self._cache_names[1:]), P(self.mesh.axis_names)
         body = functools.partial(direct.begin_pass, peers=peers)
         run = self._shard_map(body, (cached, cached), (cached, cached, reach), check_vma=False)
-        return dataclasses.replace(
-            cache, **dict(zip(("k", "v", "reach"), run(cache.k, cache.v), strict=True))
-        )
+        keys, values, of_pass = run(cache.k, cache.v)
+        return dataclasses.replace(cache, k=keys, v=values, reach=of_pass)
 
     def _peers(self, tokens):
         """The devices whose caches a kernel writes to; None where `gather` is not by such a kernel."""

@@ -7,9 +7,9 @@
 Every case runs in a process of its own, for flags of XLA are read once, and is ended after 45 s. Each is a layer's
 share of the 1.3B shape, 784 rows of 3 frames a device: "gather" packs keys and values, gathers them and writes them to
 the cache; "all-to-all" trades tokens for heads and back; "-in-graphs" has the collectives in CUDA graphs; "kernel"
-norms, rotates and writes to both caches at once; "ahead" does that when the copy engine has brought the values, which
-nothing is computed beside here. Printed are microseconds of a call in a row of dependent calls, and from a profile
-those of its kernels; of the last two the error against the plain form too.
+begins a pass, then norms, rotates and writes to both caches at once; "ahead" does that when the copy engine has brought
+the values, which nothing is computed beside here. Printed are microseconds of a call in a row of dependent calls, and
+from a profile those of its kernels; of the last two the error against the plain form too.
 """
 
 import argparse

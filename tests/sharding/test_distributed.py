@@ -185,6 +185,7 @@ def test_a_port_that_is_taken(tmp_path):
 @pytest.mark.parametrize(
     "option", [("--coordinator", "h:12"), ("--num-processes", "2"), ("--process-id", "0")]
 )
-def test_options_need_distributed(option, capsys):
-    assert cli.main(["generate", "x", "--out", "x.mp4", *option]) == 2
+@pytest.mark.parametrize("verb", [("generate", "x", "--out", "x.mp4"), ("bench",), ("bench", "--scaling")])
+def test_options_need_distributed(verb, option, capsys):
+    assert cli.main([*verb, *option]) == 2
     assert f"{option[0]} is for several processes: add --distributed" in capsys.readouterr().err
