@@ -85,6 +85,8 @@ def _train(args: argparse.Namespace) -> None:
 
     config = train_command.configuration(args)
     # A dry run computes nothing, and there need not be as many devices.
+    if args.dry_run:  # XLA's warnings of what would be slow are for whoever runs it
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     environment.apply(platform="cpu" if args.dry_run else None, devices=config.mesh.size)
     train_command.run(args, config, _training_parallel(config))
 
