@@ -152,13 +152,13 @@ class KVCache:
     The stacked form is carried through a scan over layers, the tuple through unrolled layers. Either is updated in
     place when the buffers are donated.
 
-    `reach` lives within a pass, from layer to layer, where devices write to each other's caches: see
-    `peer_memory.Reach`.
+    `arrived` lives within a pass, from layer to layer, where devices write to each other's caches: see
+    `fused_rotation.Arrivals`.
     """
 
     k: jax.Array | tuple[jax.Array, ...]
     v: jax.Array | tuple[jax.Array, ...]
-    reach: tuple | None = None
+    arrived: jax.Array | None = None
 
     @classmethod
     def zeros(
