@@ -48,9 +48,9 @@ def attend(
     from jax_causal import fused_rotation
 
     received = arrivals = None
-    # A permute, at which the host's threads of all devices meet, is before the first kernel that waits for others. At
-    # the start of a run XLA allocates and frees memory for such kernels, and a thread that frees waits for all devices:
-    # for ever, if one of them waits in the kernel already.
+    # A permute, at which the host's threads of all devices meet, is before the first kernel that waits for others.
+    # Without it two H200s stopped. XLA allocates and frees memory for such kernels at the start of a run, and a thread
+    # that frees probably waits for a device that waits in the kernel already.
     ring = [(i, (i + 1) % peers.count) for i in range(peers.count)]
     if peers.axis is not None and peers.count == 2:
         received = lax.ppermute(v, peers.axis, ring)
