@@ -152,13 +152,13 @@ class KVCache:
     The stacked form is carried through a scan over layers, the tuple through unrolled layers. Either is updated in
     place when the buffers are donated.
 
-    `arrived` lives within a pass, from layer to layer, where devices write to each other's caches: see
-    `fused_rotation.Arrivals`.
+    `reach` lives within a pass, from layer to layer, where devices write to each other's caches: see
+    `peer_memory.Reach`.
     """
 
     k: jax.Array | tuple[jax.Array, ...]
     v: jax.Array | tuple[jax.Array, ...]
-    arrived: jax.Array | None = None
+    reach: tuple | None = None
 
     @classmethod
     def zeros(

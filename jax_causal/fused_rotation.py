@@ -5,12 +5,7 @@ Where several devices share the tokens of every frame and each holds the whole c
 and values to the caches of all: they travel by the stores that put them in their place. Nothing is packed, and nothing
 is copied after it has arrived. Values can also travel before, while queries and keys are still multiplied; the kernel
 then takes what has arrived to its place, while the keys' stores wait for the link. Every device counts what comes from
-the others, and its kernel ends when that is all.
-
-Before a device writes to a peer's cache, the peer must have ended what it read there, must have copied the cache where
-XLA copies it, and must have set its count to zero: devices wait for each other before such a kernel. Where a pass alone
-owns the cache, nothing is copied once its first layer has begun. Then the layers share one array of counts, zero before
-the first of them, and wait there alone: what came from a peer at the layer before says that it has begun this pass.
+the others, and its kernel ends when that is all. See `peer_memory` for where it writes, and from when it may.
 
 Arithmetic is fp32 from the load to the store, and what is stored is rounded once. The gradient is that of the plain
 form.
@@ -19,53 +14,15 @@ form.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_causal import hopper_rows, rope
+from jax_causal import hopper_rows, peer_memory, rope
 from jax_causal.hopper_rows import HEADS, TOKENS
-
-
-class Peers(NamedTuple):
-    """Devices that share the S tokens of every frame, m each and fewer at the end, and each hold the whole cache.
-
-    Attributes:
-      count: of the devices.
-      tokens: S.
-      axis: of the mesh, along which they lie; the kernel is inside its `shard_map`. None for devices that are not
-        there: this one's rows are then written, in its own cache, to the places of all.
-    """
-
-    count: int
-    tokens: int
-    axis: str | None
-
-    def suit(self, m: int) -> bool:
-        """Whether no block of threads holds both tokens and padding."""
-        return self.count * m == self.tokens or m % TOKENS == self.tokens % TOKENS == 0
-
-
-def can_reach_peers() -> bool:
-    """Whether a kernel can write to other devices of its process: jax calls it experimental, and this is the version
-    that it was tried with."""
-    return jax.__version_info__[:2] == (0, 11)
-
-
-class Arrivals(NamedTuple):
-    """What has come from peers in a pass under way.
-
-    Attributes:
-      counts: pieces at each layer, int32 [L]; zero before the first.
-      layer: the one that is written next. At layer 0 alone devices wait for each other.
-    """
-
-    counts: jax.Array
-    layer: int
+from jax_causal.peer_memory import Peers, Reach
 
 
 def rotate_into_cache(
@@ -80,7 +37,8 @@ def rotate_into_cache(
     eps: float,
     peers: Peers | None = None,
     received=None,
-    arrivals: Arrivals | None = None,
+    reach: Reach | None = None,
+    layer: int = 0,
 ):
     """Queries and keys normalised over all heads jointly and rotated, these and the values written to the cache.
 
@@ -97,18 +55,20 @@ def rotate_into_cache(
         is m.
       received: `v` of the peer, where there is one and its values have travelled already. Without, they travel by the
         kernel.
-      arrivals: of a pass that owns the cache of all its layers, all by the same peers. Without, devices wait for each
-        other.
+      reach: where peers are written to: from `peer_memory.reach`, or from the layer before.
+      layer: the number of this one there.
 
     Returns:
-      Rotated queries [B, F, m, N, D], keys and values of the cache, and the counts of `arrivals`.
+      Rotated queries [B, F, m, N, D], keys and values of the cache, and `reach` for the next layer.
     """
-    counts, layer = arrivals or Arrivals(jnp.zeros(1, jnp.int32), 0)
     products, factors = (qk, v, received), _factors(table)
-    if _travels(peers):
-        numbers = slots, jnp.full(1, layer, jnp.int32)
-        return _rotate(eps, peers, layer == 0, products, scales, factors, (keys, values, counts), numbers)
-    return *_rotate(eps, peers, True, products, scales, factors, (keys, values), (slots,)), counts
+    if not (peers and peers.travels):
+        return *_rotate(eps, peers, products, scales, factors, (keys, values), (slots,)), reach
+    # Two arrays: one is a constant, and the other the same for all layers.
+    where = jnp.full(1, layer, jnp.int32), lax.axis_index(peers.axis)[None]
+    numbers = slots, *where, reach.addresses
+    *results, counts = _rotate(eps, peers, products, scales, factors, (keys, values, reach.counts), numbers)
+    return *results, reach._replace(counts=counts)
 
 
 def _factors(table):
@@ -119,17 +79,17 @@ def _factors(table):
     return both.reshape(*table.shape[:-1], -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _rotate(eps, peers, waits, products, scales, factors, written, numbers):
-    return _rotate_kernel(eps, peers, waits, products, scales, factors, written, numbers)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _rotate(eps, peers, products, scales, factors, written, numbers):
+    return _rotate_kernel(eps, peers, products, scales, factors, written, numbers)
 
 
-def _rotate_fwd(eps, peers, waits, products, scales, factors, written, numbers):
-    results = _rotate(eps, peers, waits, products, scales, factors, written, numbers)
+def _rotate_fwd(eps, peers, products, scales, factors, written, numbers):
+    results = _rotate(eps, peers, products, scales, factors, written, numbers)
     return results, (products, scales, factors, numbers)
 
 
-def _rotate_bwd(eps, peers, waits, inputs, cotangents):
+def _rotate_bwd(eps, peers, inputs, cotangents):
     """What the cache held before does not matter, only where it is replaced: it need not be kept."""
     products, scales, factors, numbers = inputs
     caches = [jnp.zeros_like(x) for x in cotangents[1:3]]
@@ -174,11 +134,11 @@ def normalise(qk, scales, eps: float):
 
 
 # Compiled by itself, so that the layers of a model share their kernel.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _rotate_kernel(eps, peers, waits, products, scales, factors, written, numbers):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _rotate_kernel(eps, peers, products, scales, factors, written, numbers):
     qk, v, received = products
     B, F, m, N, D = v.shape
-    travels, ahead = _travels(peers), received is not None
+    travels, ahead = peers is not None and peers.travels, received is not None
     refs = [jax.new_ref(x) for x in (written[0][:, 0], written[1][:, 0], *written[2:])]
     # Axes of the mesh are seen inside too: no name may be one of theirs.
     grid = {"kernel_frame": B * F, "kernel_tile": hopper_rows.tiles(m), "kernel_part": 4 if ahead else 3}
@@ -186,13 +146,13 @@ def _rotate_kernel(eps, peers, waits, products, scales, factors, written, number
     def kernel(qk_ref, v_ref, *rest):
         received_ref, rest = (rest[0], rest[1:]) if ahead else (None, rest)
         q_scale_ref, k_scale_ref, factors_ref, slots_ref, *rest = rest
-        layer_ref, rest = (rest[0], rest[1:]) if travels else (None, rest)
+        there_refs, rest = (rest[:3], rest[3:]) if travels else ((), rest)
         keys_ref, values_ref, *counts_ref, q_ref = rest
-        count_ref = counts_ref[0].at[layer_ref[0]] if travels else None
+        there = _There(peers, *there_refs, keys_ref, values_ref, *counts_ref) if travels else None
         index, tile, part = (lax.axis_index(name) for name in grid)
         batch, frame = lax.div(index, F), lax.rem(index, F)
         tokens = hopper_rows.tile(tile, m)
-        place = _Places(peers, m, batch, slots_ref[frame], tokens)
+        place = _Places(peers, m, batch, slots_ref[frame], tokens, there)
 
         @pl.when(part < 2)
         def _rotate():
@@ -216,22 +176,22 @@ def _rotate_kernel(eps, peers, waits, products, scales, factors, written, number
 
             @pl.when(part == 1)
             def _key():
-                place.everywhere(keys_ref, x, count_ref)
+                place.everywhere(keys_ref, x)
 
         @pl.when(part == 2)
         def _value():
             x = hopper_rows.load(v_ref.at[index, tokens], HEADS)
             if ahead:
-                place.here(values_ref, x, lax.axis_index(peers.axis))
+                place.here(values_ref, x, there.me)
             else:
-                place.everywhere(values_ref, x, count_ref)
+                place.everywhere(values_ref, x)
 
         if ahead:
 
             @pl.when(part == 3)
             def _received():
                 x = hopper_rows.load(received_ref.at[index, tokens], HEADS)
-                place.here(values_ref, x, 1 - lax.axis_index(peers.axis))
+                place.here(values_ref, x, 1 - there.me)
 
         if travels:
             last = [lax.axis_index(name) == size - 1 for name, size in grid.items()]
@@ -239,15 +199,15 @@ def _rotate_kernel(eps, peers, waits, products, scales, factors, written, number
             # The kernel ends when all that the others write to this device's cache is there.
             @pl.when(last[0] & last[1] & (part == 0))
             def _wait():
+                there.check()
                 pieces = (1 if ahead else 2) * grid["kernel_frame"] * grid["kernel_tile"]
-                hopper_rows.wait_for_count(count_ref, pieces * (peers.count - 1))
+                peer_memory.wait_for_count(there.count, pieces * (peers.count - 1))
 
     q = hopper_rows.launch(
         kernel,
         jax.ShapeDtypeStruct((B * F, m, N, D), v.dtype),
         grid,
         "rotate_into_caches" if peers and peers.count > 1 else "rotate_into_cache",
-        waits=waits,
     )(
         qk.reshape(B * F, m, 2, N, D),
         *(x.reshape(B * F, m, N, D) for x in (v, received) if x is not None),
@@ -260,16 +220,44 @@ def _rotate_kernel(eps, peers, waits, products, scales, factors, written, number
     return q.reshape(B, F, m, N, D), keys[:, None], values[:, None], *counts
 
 
-def _travels(peers: Peers | None) -> bool:
-    return peers is not None and peers.axis is not None and peers.count > 1
+class _There:
+    """A layer of the cache on all devices, in the kernel; see `peer_memory.Reach`."""
+
+    def __init__(self, peers: Peers, layer, me, addresses, keys, values, counts):
+        layer, self.me = layer[0], me[0]
+        layers = counts.shape[0]
+        self.count, self.addresses, self.peers = counts.at[layer], addresses, peers
+        self.arrays = ((keys, layer), (values, layers + layer), (counts, 2 * layers))
+
+    def send(self, x, ref, here):
+        """Writes x to `here` in `ref`, one of the arrays, of all devices."""
+        peer_memory.send(x, ref.at[here], *self._addresses(ref))
+
+    def count_one(self):
+        """On every peer."""
+        own, others = self._addresses(self.arrays[2][0])
+        for other in others:
+            peer_memory.count_one(self.count, own, other)
+
+    def check(self):
+        """That this device's arrays are where peers write to."""
+        for ref, _ in self.arrays:
+            peer_memory.expect_at(ref, self._addresses(ref)[0])
+
+    def _addresses(self, ref):
+        """Of this array on this device, and on every peer."""
+        (number,) = (number for array, number in self.arrays if array is ref)
+        return self.addresses.at[0, number], [
+            self.addresses.at[i, number] for i in range(1, self.peers.count)
+        ]
 
 
 class _Places:
     """Where x, `tokens` of a device's m of a slot, belongs in caches that hold the tokens of all devices. No peer is
     still reading there."""
 
-    def __init__(self, peers: Peers | None, m: int, batch, slot, tokens):
-        self.peers, self.m, self.batch, self.tokens = peers, m, batch, tokens
+    def __init__(self, peers: Peers | None, m: int, batch, slot, tokens, there: _There | None):
+        self.m, self.batch, self.tokens, self.there = m, batch, tokens, there
         self.count, self.whole = (peers.count, peers.tokens) if peers else (1, m)
         self.start = slot * self.whole
 
@@ -286,19 +274,11 @@ class _Places:
         """Writes x of the device `share` to this device's cache `ref`."""
         self._at(share, lambda here: ref.__setitem__(here, x))
 
-    def everywhere(self, ref, x, count_ref):
+    def everywhere(self, ref, x):
         """Writes this device's x to its cache `ref` and to that of every peer, which counts it."""
-        if not _travels(self.peers):
+        if not self.there:
             for share in range(self.count):
                 self.here(ref, x, share)
             return
-        axis = self.peers.axis
-        me = lax.axis_index(axis)
-        others = [{axis: lax.rem(me + step, self.count)} for step in range(1, self.count)]
-
-        def write(here):
-            hopper_rows.copy(x, [*(plgpu.remote_ref(ref, other).at[here] for other in others), ref.at[here]])
-
-        self._at(me, write)
-        for other in others:
-            hopper_rows.count_one(plgpu.remote_ref(count_ref, other))
+        self._at(self.there.me, lambda here: self.there.send(x, ref, here))
+        self.there.count_one()

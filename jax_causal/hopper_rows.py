@@ -6,7 +6,6 @@ sums are taken across the threads of the warp.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import vector
 
@@ -48,19 +46,11 @@ def tile(index, tokens: int):
     return pl.ds(start if tokens % TOKENS == 0 else jnp.minimum(start, tokens - TOKENS), TOKENS)
 
 
-def launch(kernel, out_type, grid: dict[str, int], name: str, *, waits: bool = True):
-    """A function of arrays, and of references that are written in place.
-
-    Devices that write to each other's memory wait for each other before the kernel, unless not `waits`.
-    """
+def launch(kernel, out_type, grid: dict[str, int], name: str):
+    """A function of arrays, and of references that are written in place."""
     # Not `plgpu.kernel`, which in jax 0.10 takes no references.
     mesh = plgpu.Mesh(grid=tuple(grid.values()), grid_names=tuple(grid))
-    # Versions that cannot do without wait where they need not.
-    options = {} if waits or not CAN_SKIP else {"skip_device_barrier": True}
-    return pl.kernel(kernel, out_type, mesh=mesh, compiler_params=plgpu.CompilerParams(**options), name=name)
-
-
-CAN_SKIP = "skip_device_barrier" in {field.name for field in dataclasses.fields(plgpu.CompilerParams)}
+    return pl.kernel(kernel, out_type, mesh=mesh, compiler_params=plgpu.CompilerParams(), name=name)
 
 
 # In a kernel.
@@ -80,20 +70,6 @@ def load32(ref, layout):
     return load(ref, layout).astype(jnp.float32)
 
 
-def copy(x, refs):
-    """To several places in global memory, perhaps of other devices, by the copy engine of the processor. Is there when
-    this returns."""
-
-    def through(smem):
-        smem[...] = x
-        plgpu.commit_smem()
-        for ref in refs:
-            plgpu.copy_smem_to_gmem(smem, ref)
-        plgpu.wait_smem_to_gmem(0)
-
-    pl.run_scoped(through, plgpu.SMEM(x.shape, x.dtype))
-
-
 def spread(x, like, *axes):
     """`x`, whose axes are these of `like`, repeated over the other ones."""
     repeated = lax.broadcast_in_dim(x, like.shape, axes)
@@ -111,27 +87,3 @@ def swap_pairs(x):
         return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=x.is_signed)
 
     return swap(x)
-
-
-# Counts are int32 [] in global memory. Semaphores of Pallas would do, but each kernel has its own.
-
-
-def count_one(ref):
-    """Adds one to a count, perhaps of another device, which then sees what this block of threads has written before."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def count(ctx, ref):
-        mgpu_utils.warpgroup_barrier()
-        mgpu_utils.SemaphoreRef(mgpu_utils.memref_ptr(ref)).signal(1)
-
-    count(ref)
-
-
-def wait_for_count(ref, value: int):
-    """Waits until a count has come to `value`."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def wait(ctx, ref):
-        mgpu_utils.SemaphoreRef(mgpu_utils.memref_ptr(ref)).wait(value, decrement=False)
-
-    wait(ref)

@@ -71,9 +71,9 @@ class Parallel(Protocol):
         """Whether unrolled layers run by `add_norm` and `attend_product` where they attend to a cache; `tokens` is S,
         without padding."""
 
-    def own(self, cache: KVCache) -> KVCache:
-        """The cache for a pass in a loop that carries it, so that no copy is made of it between two layers: what it was
-        before is needed nowhere else. For `KVCache` arrays of unrolled layers that run fused."""
+    def begin_pass(self, cache: KVCache, tokens: int) -> KVCache:
+        """The cache for one pass of layers that run by `attend_product`, with what that needs in its `reach`. `tokens`
+        is S."""
 
     def add_norm(self, x, out, gate, norm, time, rows, *, eps: float):
         """`fused_norm.add_norm`."""
@@ -165,7 +165,7 @@ class SingleDevice:
 
         return hopper_rows.suits(tokens, heads, head_dim, dtype)
 
-    def own(self, cache):
+    def begin_pass(self, cache, tokens):
         return cache
 
     def add_norm(self, x, out, gate, norm, time, rows, *, eps):

@@ -244,8 +244,6 @@ def denoise_block(
     def step(carry, inputs):
         x, cache = carry
         t, sigma, eps = inputs
-        if len(times) > 1:  # XLA makes no loop of one step
-            cache = spec.parallel.own(cache)
         _, x0, cache = predict(spec, params, cache, text, x, t, placement)
         return (flow.add_noise(x0, eps, sigma), cache), None
 

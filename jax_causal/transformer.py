@@ -128,6 +128,7 @@ class CausalDiT(nnx.Module):
                     qk, v, scales, table, cache, layer, placement, layout, config.eps
                 )
 
+            cache = parallel.begin_pass(cache, layout.tokens)
             x, e, cache = self._run_fused(x, t, text, attend_product, cache, parallel)
             return self.head(x, e), cache
 

@@ -264,17 +264,22 @@ class Sharded:
             backend=self.backend,
         )
         tokens, pairs, cached = (self._spec(x) for x in (QKV, (*QKV, None), self._cache_names[1:]))
-        counts = P(self.mesh.axis_names)
-        in_specs = (pairs, tokens, P(), self._spec(TABLE), cached, cached, counts, P(), P())
-        run = self._shard_map(body, in_specs, (tokens, cached, cached, counts), check_vma=False)
+        reach = P(self.mesh.axis_names)
+        in_specs = (pairs, tokens, P(), self._spec(TABLE), cached, cached, reach, P(), P())
+        run = self._shard_map(body, in_specs, (tokens, cached, cached, reach), check_vma=False)
         numbers = jnp.asarray(placement.slots), jnp.asarray(placement.held)
-        out, *both, arrived = run(qk, v, scales, table, *cache.read(layer), cache.arrived, *numbers)
-        return out, dataclasses.replace(cache.replace_layer(layer, *both), arrived=arrived)
+        out, *both, reach = run(qk, v, scales, table, *cache.read(layer), cache.reach, *numbers)
+        return out, dataclasses.replace(cache.replace_layer(layer, *both), reach=reach)
 
-    def own(self, cache):
-        if not isinstance(cache.k, tuple):
+    def begin_pass(self, cache, tokens):
+        peers = self._peers(tokens)
+        if peers is None or not peers.travels:
             return cache
-        return dataclasses.replace(cache, arrived=jnp.zeros(self.mesh.size * len(cache.k), jnp.int32))
+        cached, reach = self._spec(self._cache_names[1:]), P(self.mesh.axis_names)
+        body = functools.partial(direct.begin_pass, peers=peers)
+        run = self._shard_map(body, (cached, cached), (cached, cached, reach), check_vma=False)
+        keys, values, of_pass = run(cache.k, cache.v)
+        return dataclasses.replace(cache, k=keys, v=values, reach=of_pass)
 
     def _peers(self, tokens):
         """The devices whose caches a kernel writes to; None where `gather` is not by such a kernel."""

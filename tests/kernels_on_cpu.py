@@ -1,4 +1,5 @@
-"""Kernels of `hopper_rows`, walked through on the CPU as they are written, one block of threads after another."""
+"""Kernels of `hopper_rows` and `peer_memory`, walked through on the CPU as they are written, one block of threads after
+another."""
 
 import collections
 import itertools
@@ -10,7 +11,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_causal import hopper_rows
+from jax_causal import hopper_rows, peer_memory
 
 
 class Machine:
@@ -18,16 +19,37 @@ class Machine:
 
     Attributes:
       axis, device: name of their mesh axis, and the one that runs.
-      memory: arrays that kernels write in place, by device; None: those that a kernel is given.
+      memory: arrays that kernels write in place, by device; None: those that a kernel is given. An array's address is
+        its device and its number there.
+      references: which of its device's memory a kernel is given, by number.
       awaited: by device, the counts that its kernels ended with.
+      checked: by device, the numbers of the arrays that were found where peers expect them.
       order: in which other devices' memory was written and counted in: ("write" or "count", device).
-      waits: of every kernel, whether devices wait for each other before it.
     """
 
-    axis, device, memory = "seq", 0, None
+    axis, device, memory, references = "seq", 0, None, ()
 
     def __init__(self):
-        self.awaited, self.order, self.waits = collections.defaultdict(list), [], []
+        self.awaited, self.checked = collections.defaultdict(list), collections.defaultdict(list)
+        self.order = []
+
+    def address(self, array):
+        """Of this very array."""
+        (found,) = (
+            (device, number)
+            for device, arrays in enumerate(self.memory)
+            for number, other in enumerate(arrays)
+            if other is array
+        )
+        return found
+
+    def peer(self, what, ref, own, other):
+        """What lies to `other` as `ref`, a part of an array of the device that runs, to `own`."""
+        assert tuple(own.array) == self.address(ref.whole)
+        device, number = other.array
+        assert device != self.device
+        self.order.append((what, device))
+        return self.memory[device][number][ref.index]
 
 
 class _Ref:
@@ -37,11 +59,10 @@ class _Ref:
         self.array, self.whole, self.index = array, array if whole is None else whole, index
 
     at = property(lambda self: _Parts(self))
+    shape = property(lambda self: self.array.shape)
 
     def _index(self, index):
         index = index if isinstance(index, tuple) else (index,)
-        if index == (...,):
-            return index
         return tuple(
             slice(int(i.start), int(i.start) + i.size) if isinstance(i, pl.Slice) else int(i) for i in index
         )
@@ -69,23 +90,25 @@ class _Parts:
         return _Ref(self.ref.array[index], self.ref.array, index)
 
 
+def _unwritten(x):
+    return np.full(x.shape, np.nan if jnp.issubdtype(x.dtype, jnp.floating) else -1, x.dtype)
+
+
 @pytest.fixture
 def machine(monkeypatch):
     """Runs the kernels of `hopper_rows`; a `Machine`."""
     machine, place = Machine(), {}
 
-    def launch(kernel, out_type, grid, name, *, waits=True):
+    def launch(kernel, out_type, grid, name):
         def run(*operands):
-            machine.waits.append(waits)
             many = isinstance(out_type, list)
-            outs = [np.full(x.shape, np.nan, x.dtype) for x in (out_type if many else [out_type])]
+            outs = [_unwritten(x) for x in (out_type if many else [out_type])]
             arrays = [np.array(x[...]) for x in operands]
             if machine.memory:
-                own = iter(machine.memory[machine.device])
+                own = (machine.memory[machine.device][number] for number in machine.references)
                 arrays = [
                     next(own) if isinstance(x, jax.Ref) else a for x, a in zip(operands, arrays, strict=True)
                 ]
-            place[machine.axis] = machine.device
             for point in itertools.product(*map(range, grid.values())):
                 place.update(zip(grid, point, strict=True))
                 kernel(*map(_Ref, arrays), *map(_Ref, outs))
@@ -98,18 +121,23 @@ def machine(monkeypatch):
         return run
 
     def remote(ref, device):
-        own = machine.memory[machine.device]
-        (number,) = (i for i, array in enumerate(own) if array is ref.whole)
-        whole = machine.memory[int(device[machine.axis])][number]
-        machine.order.append(("count" if number == len(own) - 1 else "write", int(device[machine.axis])))
-        return _Ref(whole[ref.index] if ref.index else whole, whole, ref.index)
+        _, number = machine.address(ref.array)
+        return _Ref(machine.memory[int(device[machine.axis])][number])
 
-    def copy(x, refs):
-        for ref in refs:
-            ref[...,] = x
+    def store_address(out, ref):
+        out.array[...] = machine.address(ref.array)
 
-    def count_one(ref):
-        ref.array[...] += 1
+    def send(x, ref, own, others):
+        for part in (ref.array, *(machine.peer("write", ref, own, other) for other in others)):
+            assert (part.shape, part.dtype) == (x.shape, x.dtype)
+            part[...] = x
+
+    def count_one(ref, own, other):
+        machine.peer("count", ref, own, other)[...] += 1
+
+    def expect_at(ref, own):
+        assert tuple(own.array) == machine.address(ref.array)
+        machine.checked[machine.device].append(int(own.array[1]))
 
     def wait_for_count(ref, value):
         machine.awaited[machine.device].append(value)
@@ -127,11 +155,12 @@ def machine(monkeypatch):
     monkeypatch.setattr(hopper_rows, "load", lambda ref, layout: jnp.asarray(ref.array))
     monkeypatch.setattr(hopper_rows, "spread", spread)
     monkeypatch.setattr(hopper_rows, "swap_pairs", swap_pairs)
-    monkeypatch.setattr(jax.lax, "axis_index", lambda name: jnp.int32(place[name]))
+    monkeypatch.setattr(
+        jax.lax, "axis_index", lambda name: jnp.int32(machine.device if name == machine.axis else place[name])
+    )
     monkeypatch.setattr(plgpu, "remote_ref", remote, raising=False)
-    monkeypatch.setattr(hopper_rows, "copy", copy)
-    monkeypatch.setattr(hopper_rows, "count_one", count_one)
-    monkeypatch.setattr(hopper_rows, "wait_for_count", wait_for_count)
+    for function in (store_address, send, count_one, wait_for_count, expect_at):
+        monkeypatch.setattr(peer_memory, function.__name__, function)
     monkeypatch.setattr(pl, "when", when)
     with jax.disable_jit():
         yield machine

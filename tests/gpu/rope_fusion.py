@@ -1,12 +1,12 @@
-"""Writes the fixture of `tests/sharding/test_rope_fusion.py`: a block step as XLA optimised it for GPUs.
+"""Writes the fixture of `tests/sharding/test_rope_fusion.py`: a block's passes as XLA optimised them for GPUs.
 
     PYTHONPATH=. python tests/gpu/rope_fusion.py              # on the GPU; writes tests/gpu/rope_fusion.hlo.gz
     PYTHONPATH=. python tests/gpu/rope_fusion.py --described  # anywhere, for the H200 described in compiled_for.py
     PYTHONPATH=. python tests/gpu/rope_fusion.py --print      # only says where the rotation is in the fixture
 
 The program is the denoising step of two layers of the 1.3B shape, in bf16, through the `shard_map` of Causal-RoPE SP:
-once as XLA fuses it, on one GPU ("xla"), and once by the kernels of `fused_rotation`, on two ("kernel"). Run it again,
-and commit the file, whenever the test says that the fixture is stale.
+once as XLA fuses it, on one GPU ("xla"), and once by the kernels of `fused_rotation`, on two ("kernel"); and by these
+the context pass ("context"). Run it again, and commit the file, whenever the test says that the fixture is stale.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from jax_causal import (
     fused_norm,
     fused_rotation,
     hopper_rows,
+    peer_memory,
     rollout,
 )
 from sharding import direct, mesh, sequence_parallel
@@ -42,10 +43,10 @@ from tests.gpu import compiled_for
 
 FIXTURE = Path(__file__).with_name("rope_fusion.hlo.gz")
 LAYERS = 2
-FORMS = {"xla": 1, "kernel": 2}  # how the layers run, and on how many devices
+FORMS = {"xla": 1, "kernel": 2, "context": 2}  # how the layers run, and on how many devices
 SOURCES = (
     attention_hopper, attention_plan, attention_tile, direct, fused_norm, fused_rotation, hopper_rows, mesh,
-    sequence_parallel,
+    peer_memory, sequence_parallel,
 )  # fmt: skip
 _BETWEEN = "\n=====\n"
 # Versions of jax write these in different ways, and indices too; what is computed does not depend on them.
@@ -115,7 +116,11 @@ def _block(form: str, devices, backend: str = "auto"):
 def compile_text(form: str, devices, *, described: bool) -> str:
     """The optimised program for the devices, real or described."""
     spec, arguments = _block(form, devices)
-    lowered = rollout.denoise_block.lower(spec, *arguments)
+    if form == "context":
+        params, cache, text, x0, _, place = arguments
+        lowered = rollout.write_context.lower(spec, params, cache, text, x0, place, jnp.float32(0))
+    else:
+        lowered = rollout.denoise_block.lower(spec, *arguments)
     if described:
         return compiled_for.compiled_text(lowered)
     return re.sub(r'"[^"\n]{2000,}"', '""', lowered.compile().as_text())  # without the code of Pallas kernels

@@ -7,9 +7,9 @@
 Every case runs in a process of its own, for flags of XLA are read once, and is ended after 45 s. Each is a layer's
 share of the 1.3B shape, 784 rows of 3 frames a device: "gather" packs keys and values, gathers them and writes them to
 the cache; "all-to-all" trades tokens for heads and back; "-in-graphs" has the collectives in CUDA graphs; "kernel"
-norms, rotates and writes to both caches at once; "ahead" does that when the copy engine has brought the values, which
-nothing is computed beside here. Printed are microseconds of a call in a row of dependent calls, and from a profile
-those of its kernels; of the last two the error against the plain form too.
+begins a pass, then norms, rotates and writes to both caches at once; "ahead" does that when the copy engine has brought
+the values, which nothing is computed beside here. Printed are microseconds of a call in a row of dependent calls, and
+from a profile those of its kernels; of the last two the error against the plain form too.
 """
 
 import argparse
@@ -70,7 +70,8 @@ def run(case: str) -> int:
     from jax.sharding import PartitionSpec as P
 
     from jax_causal import bench_profile, fused_rotation, rope
-    from jax_causal.fused_rotation import Peers
+    from jax_causal.peer_memory import Peers
+    from sharding import direct
     from sharding.mesh import HEADS, SEQ, make_mesh, pick_devices, rows_of_share
 
     trades = case.startswith("all-to-all")
@@ -93,8 +94,11 @@ def run(case: str) -> int:
 
     peers = Peers(2, S, SEQ)
 
-    def kernel(*arguments, **options):
-        return fused_rotation.rotate_into_cache(*arguments, eps=EPS, peers=peers, **options)[:3]
+    def kernel(qk, v, scales, table, keys, values, slots, received=None):
+        (keys,), (values,), reach = direct.begin_pass((keys,), (values,), peers=peers)  # a pass of one layer
+        return fused_rotation.rotate_into_cache(
+            qk, v, scales, table, keys, values, slots, eps=EPS, peers=peers, received=received, reach=reach
+        )[:3]
 
     def ahead(qk, v, *rest):
         return kernel(qk, v, *rest, received=lax.ppermute(v, SEQ, [(0, 1), (1, 0)]))

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_causal import fused_rotation, hopper_rows, rope
-from jax_causal.fused_rotation import Arrivals, Peers
+from jax_causal import fused_rotation, hopper_rows, peer_memory, rope
+from jax_causal.peer_memory import Peers
 from tests.kernels_on_cpu import assert_rounded, f64, machine, random, relative
 
 __all__ = ["machine"]
@@ -78,49 +78,80 @@ SHARES = [(8, 2, 4), (20, 2, 10), (28, 2, 16), (24, 3, 8), (28, 3, 12), (20, 4, 
 )
 def test_devices_write_to_all_caches(machine, tokens, devices, rows, ahead):
     """Even shares, shares that are no multiple of a block of threads, and short and empty ones at the end; values sent
-    by the kernel and, between two devices, before it; as the second of three layers, whose counts are in one array."""
+    by the kernel and, between two devices, before it; as the second of three layers."""
     qkv, scales, table, keys, values, slots = _queries(
         B=1, F=2, S=tokens, N=2, slots=(2, 0), room=3 * tokens + 4
     )
     expected_q, expected_k = _expected(qkv, scales, table)
-    counts = jnp.array([5, 0, 0], jnp.int32)
-    machine.memory = [
-        [*(np.array(x[:, 0]) for x in (keys, values)), np.array(counts)] for _ in range(devices)
-    ]
+    peers, layer, layers = Peers(devices, tokens, machine.axis), 1, 3
+    reaches = _begin_pass(machine, peers, *([x] * layers for x in (keys, values)))
+    here_is = layer, layers + layer, 2 * layers
     # As `Sharded` cuts them, with whatever rows of padding.
     index = np.minimum(np.arange(devices * rows), tokens - 1).reshape(devices, rows)
     for device, here in enumerate(index):
-        machine.device = device
+        machine.device, machine.references = device, here_is
         received = qkv[:, :, index[1 - device], 2] if ahead else None
         q, *_ = fused_rotation.rotate_into_cache(
             *_parts(qkv[:, :, here]), scales, table[:, :, here], keys, values, slots,
-            eps=EPS, peers=Peers(devices, tokens, machine.axis), received=received, arrivals=Arrivals(counts, 1),
+            eps=EPS, peers=peers, received=received, reach=reaches[device], layer=layer,
         )  # fmt: skip
         assert_rounded(q, expected_q[:, :, here])
-    for device, (*held, found) in enumerate(machine.memory):
-        _check_cache(*(x[:, None] for x in held), keys, values, qkv, expected_k, slots)
+    for device, arrays in enumerate(machine.memory):
+        held = [arrays[number] for number in here_is]
+        _check_cache(*(x[:, None] for x in held[:2]), keys, values, qkv, expected_k, slots)
+        for number in set(range(2 * layers)) - set(here_is):
+            np.testing.assert_array_equal(f64(arrays[number]), f64((keys, values)[number // layers][:, 0]))
         (awaited,) = machine.awaited[device]
-        assert found.tolist() == [5, awaited, 0]
+        assert held[2].tolist() == [0, awaited, 0]
         assert awaited > 0
+        assert set(machine.checked[device]) == set(here_is)
     if devices * rows == tokens:  # without padding whatever is counted was written before
         for device in range(devices):
             events = [what for what, to in machine.order if to == device]
             assert events == ["write", "count"] * (len(events) // 2)
 
 
-def test_devices_wait_for_each_other_before_the_first_layer_alone(machine):
-    """Later ones are behind what came at the layer before."""
-    qkv, scales, table, keys, values, slots = _queries(B=1, F=1, S=8, slots=(1,), room=24)
-    machine.memory = [[*(np.array(x[:, 0]) for x in (keys, values)), np.zeros(3, np.int32)] for _ in "ab"]
-    counts = jnp.zeros(3, jnp.int32)
-    for layer in range(3):
-        *_, counts = fused_rotation.rotate_into_cache(
-            *_parts(qkv[:, :, :4]), scales, table[:, :, :4], keys, values, slots,
-            eps=EPS, peers=Peers(2, 8, machine.axis), arrivals=Arrivals(counts, layer),
-        )  # fmt: skip
-    assert machine.waits == [True, False, False]
-    assert (counts == 0).all()  # the other device has sent nothing
-    assert (machine.memory[1][2] > 0).all()
+def _begin_pass(machine, peers, keys, values):
+    """Every device's memory, with caches of its own and counts, and its `Reach`."""
+    layers = len(keys)
+    machine.memory = [
+        [*(np.array(x[:, 0]) for x in (*keys, *values)), np.zeros(layers, np.int32)]
+        for _ in range(peers.count)
+    ]
+    machine.references, reaches = range(2 * layers + 1), []
+    for machine.device in range(peers.count):
+        _, _, reach = peer_memory.reach(peers, tuple(keys), tuple(values), jnp.zeros(layers, jnp.int32))
+        reaches.append(reach)
+    return reaches
+
+
+def test_a_pass_begins_with_the_addresses_of_all_caches(machine):
+    *_, keys, values, _ = _queries(B=1, F=1, S=8, slots=(1,), room=24)
+    reaches = _begin_pass(machine, Peers(3, 24, machine.axis), [keys, keys], [values, values])
+    for device, reach in enumerate(reaches):
+        assert (reach.counts == 0).all()
+        devices = [(device + step) % 3 for step in range(3)]
+        assert reach.addresses.tolist() == [[[other, number] for number in range(5)] for other in devices]
+
+
+def test_gradient_goes_through_the_beginning_of_a_pass(machine):
+    """As through nothing at all."""
+    *_, keys, values, _ = _queries(B=1, F=1, S=8, slots=(1,), room=24)
+    peers, caches = Peers(2, 16, machine.axis), ((keys, 2 * keys), (values, 3 * values))
+    _begin_pass(machine, peers, *caches)
+    weights = jax.tree.map(lambda x: random(x.shape, seed=x.size)[0], caches)
+
+    def loss(caches):
+        *begun, _ = peer_memory.reach(peers, *caches, jnp.zeros(2, jnp.int32))
+        return sum(
+            (x.astype(jnp.float32) * w).sum()
+            for x, w in zip(*map(jax.tree.leaves, (begun, weights)), strict=True)
+        )
+
+    gradient = jax.grad(loss)(caches)
+    assert jax.tree.structure(gradient) == jax.tree.structure(caches)
+    for x, w in zip(*map(jax.tree.leaves, (gradient, weights)), strict=True):
+        np.testing.assert_array_equal(f64(x), f64(w))
 
 
 @pytest.mark.parametrize(

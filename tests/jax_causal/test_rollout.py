@@ -35,7 +35,7 @@ def test_rollout_fused(monkeypatch, name):
         def fuses(self, tokens, heads, head_dim, dtype):
             return True
 
-    def rotate(eps, peers, waits, products, scales, factors, written, numbers):
+    def rotate(eps, peers, products, scales, factors, written, numbers):
         called.append(numbers)
         return fused_rotation.plain_rotate(eps, peers, products, scales, factors, *written, *numbers)
 

@@ -1,19 +1,22 @@
 """Layers by fused kernels under every strategy, the kernels' plain forms in their place: goldens and gradients."""
 
 import dataclasses
-import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from jax_causal import fused_norm, fused_rotation, rollout, transformer
+from jax_causal import fused_norm, fused_rotation, peer_memory, rollout, transformer
 from jax_causal.config import PRESETS
 from jax_causal.parallel import SingleDevice
+from jax_causal.peer_memory import Peers
 from jax_causal.rollout import RolloutSpec
-from sharding import SequenceParallel
+from sharding import SequenceParallel, direct
+from sharding.hlo import Program
+from sharding.mesh import SEQ, make_mesh
 from sharding.sequence_parallel import Sharded
 from sharding.share import Share
 from sharding.strategies import Strategy
@@ -27,18 +30,24 @@ pytestmark = pytest.mark.sp
 
 @pytest.fixture
 def peers(monkeypatch):
-    """Who wrote to whom, and whether devices waited for each other before, by call."""
+    """In order, the beginnings of passes and the layers of them that write to peers, with these."""
     found = []
 
-    def rotate(eps, peers, waits, products, scales, factors, written, numbers):
-        found.append((peers, waits))
+    def reach(peers, keys, values, zeros):
+        found.append(("begin", peers))
+        addresses = jnp.zeros((peers.count, 2 * len(keys) + 1, 2), jnp.int32)
+        return keys, values, peer_memory.Reach(addresses, zeros)
+
+    def rotate(eps, peers, products, scales, factors, written, numbers):
+        found.append(("layer", peers))
         keys, values, *counts = written
         return *fused_rotation.plain_rotate(
             eps, peers, products, scales, factors, keys, values, numbers[0]
         ), *counts
 
     monkeypatch.setattr(Sharded, "fuses", lambda *args: True)
-    monkeypatch.setattr(fused_rotation, "can_reach_peers", lambda: True)
+    monkeypatch.setattr(peer_memory, "can_reach_peers", lambda: True)
+    monkeypatch.setattr(peer_memory, "reach", reach)
     monkeypatch.setattr(fused_rotation, "_rotate_kernel", rotate)
     monkeypatch.setattr(fused_norm, "_add_norm_kernel", fused_norm.plain_add_norm)
     jax.clear_caches()  # of the same programs without
@@ -64,16 +73,15 @@ def test_golden_rollout(peers, name, strategy, devices, direct):
     np.testing.assert_allclose(golden.run(), golden.data["latents"], atol=ATOL)
     golden.check_cache(ATOL)
     writes = strategy == "gather" and direct
-    assert {(p.count, p.axis) for p, _ in peers} == ({(devices, "seq")} if writes else set())
-    layers, waits = config.num_layers, [wait for _, wait in peers]
-    # The passes of the loop own its cache, the context pass does not.
-    each = [True, *[False] * (layers - 1), *[True] * layers]
-    assert waits == each * (len(waits) // len(each))
+    assert {(p.count, p.axis) for _, p in peers} == ({(devices, "seq")} if writes else set())
+    # Every pass, the context pass too.
+    each, what = ["begin", *["layer"] * config.num_layers], [what for what, _ in peers]
+    assert what == each * (len(what) // len(each))
 
 
 def test_who_can_send(monkeypatch):
     """All devices of a process in order, from the first; each writes to the places of all where it is alone."""
-    monkeypatch.setattr(fused_rotation, "can_reach_peers", lambda: True)
+    monkeypatch.setattr(peer_memory, "can_reach_peers", lambda: True)
     first, second, third = jax.devices()[:3]
 
     def peers(devices, tokens=24, **options):
@@ -91,21 +99,22 @@ def test_who_can_send(monkeypatch):
 GRID, FRAMES = (2, 12), 2
 
 
-@pytest.mark.parametrize("devices", [2, 3])
-def test_hosts_meet_before_the_first_kernel_that_waits(peers, devices):
-    """By a permute: of the values of every layer between two devices, before the first layer alone among more."""
-    parallel = SequenceParallel(devices, "gather", unroll=True).for_model(seeded.MODEL)
-    spec = RolloutSpec.create(seeded.CONFIG, seeded.SAMPLER, GRID, FRAMES, parallel=parallel)
-    params = transformer.unroll(transformer.init(seeded.CONFIG, jax.random.key(0)))
-    params = jax.device_put(params, spec.parallel.shardings(params))
-    noise = rollout.to_tokens(spec, seeded.latents(spec, 1, FRAMES))
-    cache = rollout.init_cache(spec, 1, jnp.float32, stacked=False)
-    given = params, cache, seeded.text(spec, params, 1), noise, jnp.float32(500), spec.place(0, FRAMES)
-    program = jax.jit(functools.partial(rollout.predict, spec)).lower(*given).as_text()
-    assert len(peers) == seeded.CONFIG.num_layers
-    permutes = re.findall(r"collective_permute.*-> (tensor<.*?>)", program)
-    assert len(permutes) == (seeded.CONFIG.num_layers if devices == 2 else 1)
-    assert devices == 2 or permutes == [f"tensor<{FRAMES}xi32>"]
+@pytest.mark.parametrize("devices", [2, 3, 5])
+def test_a_pass_begins_with_counts_that_are_zero_once_hosts_have_met(peers, devices):
+    sharded = make_mesh(jax.devices()[:devices], devices, 1)
+    of_device = Peers(devices, 24, SEQ)
+
+    def body(keys):
+        return direct.begin_pass((keys,) * 4, (keys,) * 4, peers=of_device)[2].counts
+
+    begin = jax.jit(jax.shard_map(body, mesh=sharded, in_specs=P(), out_specs=P(SEQ), check_vma=False))
+    keys = jnp.zeros((1, 1, 8, 1, 8))
+    assert begin(keys).tolist() == [0] * (4 * devices)
+    # They depend on a permute in which every device takes part.
+    (permute,) = Program(begin.lower(keys).compile().as_text()).sent()
+    assert permute.collective.kind == "collective-permute"
+    pairs = re.search(r"source_target_pairs={(.*?)}}", permute.instruction.attributes)[1]
+    assert pairs.count("{") == devices
 
 
 def _gradients(parallel):

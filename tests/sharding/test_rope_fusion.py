@@ -68,32 +68,54 @@ def test_one_kernel_a_layer_takes_the_product_and_gives_rotated_heads():
         assert kernel.type.count("bf16[") == len(kernel.shapes)
 
 
-def test_our_kernel_goes_from_the_products_to_all_caches():
-    """And is all there is of the rotation: no collective, no copy of a cache, no kernel between."""
-    program = PROGRAMS["kernel"]
+OURS = pytest.mark.parametrize("program", [PROGRAMS["kernel"], PROGRAMS["context"]], ids=["loop", "context"])
+CACHE = 32760 * 1536 * 2
+
+
+@OURS
+def test_our_kernel_goes_from_the_products_to_all_caches(program):
+    """And is all there is of the rotation: no collective, no copy of a cache, no kernel between. The host need not stop
+    for it."""
     assert not SCRIPT.rotations(program)
     around, kernels = _ours(program)
     assert len(kernels) == SCRIPT.LAYERS
-    cache, block = 32760 * 1536 * 2, 784 * 3 * 1536 * 2
+    block = 784 * 3 * 1536 * 2
     for kernel in kernels:
         qk, v, received, *caches = (name for name in kernel.operands if around[name].nbytes >= block)
         assert [around[name].nbytes for name in (qk, v, received)] == [2 * block, block, block]
         assert "matmul" in _producer(around, qk).attributes
         assert _producer(around, received).opcode == "collective-permute-done"
-        assert [around[name].nbytes for name in caches] == [cache, cache]
+        assert [around[name].nbytes for name in caches] == [CACHE, CACHE]
         # Keys, values and what counts arrivals are the operands themselves.
         aliased = re.search(r"output_to_operand_aliasing={(.*?)}, api", kernel.attributes)[1]
         assert len(re.findall(r"{\d}: \(\d+, {}\)", aliased)) == 3
-        assert "uses_xla_collective_metadata = true" in kernel.attributes
+        assert "uses_xla_collective_metadata = false" in kernel.attributes
 
 
-def test_values_travel_while_queries_and_keys_are_multiplied():
-    """And nothing else does."""
-    program = PROGRAMS["kernel"]
+@OURS
+def test_our_kernel_needs_no_kernel_for_small_operands(program):
+    """Of its layer alone: they are constants, or all layers' ones."""
+    around, kernels = _ours(program)
+    small = [
+        {_producer(around, name).name for name in kernel.operands if around[name].nbytes < 1e5}
+        for kernel in kernels
+    ]
+    own = set.union(*small) - set.intersection(*small)
+    # A tuple is what is left of a barrier, around counts from the custom call that begins the pass.
+    assert {around[name].opcode for name in own} <= {"constant", "parameter", "custom-call", "tuple"}
+
+
+@OURS
+def test_values_travel_while_queries_and_keys_are_multiplied(program):
+    """And nothing else does but a number for each pass, at which hosts meet before the kernel that begins it."""
     around, kernels = _ours(program)
     order = list(around)
-    assert [sent.collective.kind for sent in program.sent()] == ["collective-permute"] * len(kernels)
-    for kernel, sent in zip(kernels, program.sent(), strict=True):
+    meeting, *values = program.sent()
+    assert {sent.collective.kind for sent in program.sent()} == {"collective-permute"}
+    assert meeting.collective.bytes == 4
+    (begin,) = [i for i in around.values() if _is_ours(i, "reach_caches")]
+    assert meeting.instruction in program.sources(begin, within=begin.computation)
+    for kernel, sent in zip(kernels, values, strict=True):
         assert sent.collective.bytes == 784 * 3 * 1536 * 2
         assert "COLLECTIVES_PEER_MEMORY" in sent.instruction.attributes  # by the copy engine
         start = around[sent.instruction.operands[0]]
@@ -102,15 +124,40 @@ def test_values_travel_while_queries_and_keys_are_multiplied():
         assert order.index(start.name) < order.index(qk.name) < order.index(sent.instruction.name)
 
 
-def test_no_cache_is_copied_within_a_pass():
-    """Behind the first layer, where devices wait for each other, a peer may write to it: what the loop carries is what
-    the kernels take."""
-    around, kernels = _ours(PROGRAMS["kernel"])
-    cache = 32760 * 1536 * 2
-    for kernel in kernels:
-        before = [_producer(around, name) for name in kernel.operands if around[name].nbytes == cache]
-        assert [instruction.opcode for instruction in before] == ["parameter"] * 2
-    assert not [i for i in around.values() if i.opcode == "copy" and i.nbytes >= cache]
+@OURS
+def test_no_cache_is_copied_within_a_pass(program):
+    """Once devices have waited for each other and told their addresses, which is once a pass, peers write there: what
+    the loop carries, or the program is given, is what that kernel takes and what the layers' kernels take from it."""
+    around, kernels = _ours(program)
+    (begin,) = [i for i in around.values() if _is_ours(i, "reach_caches")]
+    assert "skip_device_barrier = false" in begin.attributes
+    assert "uses_xla_collective_metadata = true" in begin.attributes
+    caches = [_producer(around, name) for name in begin.operands if around[name].nbytes == CACHE]
+    assert [instruction.opcode for instruction in caches] == ["parameter"] * (2 * SCRIPT.LAYERS)
+    # They are its first results behind the addresses, in place.
+    aliased = re.search(r"output_to_operand_aliasing={(.*?)}, api", begin.attributes)[1]
+    assert all(f"{{{number + 1}}}: ({number}, {{}})" in aliased for number in range(len(caches)))
+    taken = [
+        _whole(around, name) for kernel in kernels for name in kernel.operands if around[name].nbytes == CACHE
+    ]
+    assert {instruction.operands[0] for instruction in taken} == {begin.name}
+    layers = range(1, SCRIPT.LAYERS + 1)  # keys of all, then values of all
+    assert [_number(instruction) for instruction in taken] == [
+        number for layer in layers for number in (layer, SCRIPT.LAYERS + layer)
+    ]
+    assert not [i for i in around.values() if i.opcode == "copy" and i.nbytes >= CACHE]
+
+
+def _whole(around, name):
+    """The `get-tuple-element` that `name` renames."""
+    while around[name].opcode == "bitcast":
+        name = around[name].operands[0]
+    assert around[name].opcode == "get-tuple-element"
+    return around[name]
+
+
+def _number(instruction):
+    return int(re.search(r"index=(\d+)", instruction.attributes)[1])
 
 
 def _ours(program):
@@ -127,5 +174,5 @@ def _source(around, name):
     return found
 
 
-def _is_ours(instruction):
-    return instruction.opcode == "custom-call" and "/rotate_into_caches/" in instruction.scope
+def _is_ours(instruction, name="rotate_into_caches"):
+    return instruction.opcode == "custom-call" and f"/{name}/" in instruction.scope

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_causal import attention, bench, bench_profile, cli, environment, fused_rotation, rollout
+from jax_causal import attention, bench, bench_profile, cli, environment, peer_memory, rollout
 from jax_causal.bench_rows import COMMUNICATION, Row
 from jax_causal.config import PRESETS, SamplerConfig, TransformerConfig, VAEConfig
 from jax_causal.rollout import RolloutSpec
@@ -118,7 +118,7 @@ def test_ways():
 def test_ways_of_gather_where_a_kernel_sends(monkeypatch):
     """And where it cannot, because shares or heads do not suit it: what is measured and projected is named alike."""
     monkeypatch.setattr(attention, "_device", lambda: ("gpu", (9, 0)))
-    monkeypatch.setattr(fused_rotation, "can_reach_peers", lambda: True)
+    monkeypatch.setattr(peer_memory, "can_reach_peers", lambda: True)
     monkeypatch.setattr(Sharded, "unrolled", True)
     inputs = {"num_frames": 81, "height": 480, "width": 832, "seed": 0}
 
