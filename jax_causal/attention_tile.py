@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, nvvm, scf, vector
@@ -31,7 +32,23 @@ def skip(keys, values, done, count, ahead):
         for smem, ready, free in (keys, values):
             slot = lax.rem(step, smem.shape[0])
             plgpu.barrier_wait(ready.at[slot])
+            gather_warps()
             plgpu.barrier_arrive(free.at[slot])
+
+
+def gather_warps():
+    """Waits for all four warps of the warpgroup.
+
+    One warp alone arrives at a barrier of a cluster. Products keep the four together; without any, another warp could
+    still wait for a step's keys when this one has let two more steps take their place. A wait tells only odd steps from
+    even ones: that warp would wait for ever, as it did, once in some ten thousand calls, on two H200s.
+    """
+
+    @plgpu.inline_mgpu()
+    def gather(ctx):
+        mgpu_utils.warpgroup_barrier()
+
+    gather()
 
 
 def attend(q, keys, values, done, count, valid, no_keys, ahead, out_acc):

@@ -69,6 +69,7 @@ def load(source, smem, ready, free, step, together):
 
 def check(queries, heads, keys, length, plan) -> bool:
     attention_hopper.load, attention_tile.attend = load, attend_tile
+    attention_tile.gather_warps = lambda: None  # here a warpgroup is one thread
     plgpu.set_max_registers = lambda *args, **kwargs: None
     Plan.cheapest = lambda *args: plan
     q, k, v = (
