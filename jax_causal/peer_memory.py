@@ -13,6 +13,7 @@ met before it in the same run of the program (`reach` says how and why).
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -56,8 +57,10 @@ class Peers(NamedTuple):
 
 def can_reach_peers() -> bool:
     """Whether a kernel can write to other devices of its process: jax calls it experimental, and this is the version
-    that it was tried with."""
-    return jax.__version_info__[:2] == (0, 11)
+    that it was tried with. And hosts must meet at a permute (see `reach`), which they do where copy engines make it:
+    with the flag that `environment` sets."""
+    tried = jax.__version_info__[:2] == (0, 11)
+    return tried and "--xla_gpu_collective_permute_mode=peer" in os.environ.get("XLA_FLAGS", "").split()
 
 
 class Reach(NamedTuple):

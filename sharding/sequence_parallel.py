@@ -42,8 +42,9 @@ class SequenceParallel:
         pay where cuDNN attends with few queries, at a rounding more: `bench --scaling` measures both. The Hopper kernel
         fills a device by itself.
       direct: whether `gather` may have the kernel that rotates keys write them and the values into the caches of the
-        other devices, instead of a collective. It does on Hopper GPUs with jax 0.11, where one process has all of
-        them, the mesh takes them in order from the first, `hopper_rows.suits` its rows and `Peers.suit` the shares.
+        other devices, instead of a collective. It does on Hopper GPUs where `peer_memory.can_reach_peers`, one
+        process has all of them, the mesh takes them in order from the first, `hopper_rows.suits` its rows and
+        `Peers.suit` the shares.
       overlap: whether `gather`, by a collective, attends to the past while the block's keys and values travel, and
         merges.
       unroll: as in `SingleDevice`.

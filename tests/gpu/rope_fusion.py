@@ -28,6 +28,7 @@ from jax_causal import (
     attention_plan,
     attention_tile,
     config,
+    environment,
     fused_norm,
     fused_rotation,
     hopper_rows,
@@ -145,6 +146,7 @@ def main():
     parser.add_argument("--output", type=Path, default=FIXTURE)
     args = parser.parse_args()
     if not args.show:
+        environment.apply()  # a kernel sends under its flags alone
         if args.described:
             jax.config.update("jax_num_cpu_devices", max(FORMS.values()))  # as many as are described
         devices = compiled_for.described_cards(max(FORMS.values())) if args.described else jax.devices()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_causal import fused_rotation, hopper_rows, peer_memory, rope
+from jax_causal import environment, fused_rotation, hopper_rows, peer_memory, rope
 from jax_causal.peer_memory import Peers
 from tests.kernels_on_cpu import assert_rounded, f64, machine, random, relative
 
@@ -233,3 +233,26 @@ def test_lowers_for_a_gpu():
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     (call,) = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
     assert call.count("output_operand_alias<") == 2
+
+
+@pytest.mark.parametrize(
+    ("version", "flags", "able"),
+    [
+        ((0, 11, 2), "--xla_gpu_collective_permute_mode=peer", True),
+        ((0, 11, 2), "--xla_gpu_collective_permute_mode=nccl", False),
+        ((0, 11, 2), "", False),
+        ((0, 12, 0), "--xla_gpu_collective_permute_mode=peer", False),
+    ],
+)
+def test_peers_are_reached_where_hosts_meet_at_a_permute(monkeypatch, version, flags, able):
+    monkeypatch.setattr(jax, "__version_info__", version)
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    assert peer_memory.can_reach_peers() == able
+
+
+def test_the_command_line_lets_hosts_meet(monkeypatch):
+    environ = {}
+    environment.apply(environ)
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    monkeypatch.setenv("XLA_FLAGS", environ["XLA_FLAGS"])
+    assert peer_memory.can_reach_peers()
