@@ -19,6 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, nvvm, scf, vector
 
+from jax_causal import hopper_rows
+
 ROWS = 64  # queries of one warpgroup
 BLOCK_K = 128  # keys of one step
 
@@ -65,6 +67,9 @@ def attend(q, keys, values, done, count, valid, no_keys, ahead, out_acc):
       out [ROWS, D] and its log-sum-exp [ROWS], float32.
     """
     (k_smem, k_ready, k_free), (v_smem, v_ready, v_free) = keys, values
+    # A product that reads queries from registers takes less power than one that reads them from shared memory at every
+    # step, and power is what holds a card up that multiplies all the time.
+    q = hopper_rows.load(q, plgpu.Layout.WGMMA)
     scale = math.log2(math.e) / math.sqrt(q.shape[1])  # scores in base 2: exp2 is the native instruction
     scores_type = plgpu.ACC((ROWS, BLOCK_K), jnp.float32)
 

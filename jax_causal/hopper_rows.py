@@ -61,7 +61,7 @@ INDEX = ((),) if _index is not None and _index.default is inspect.Parameter.empt
 
 
 def load(ref, layout):
-    """From global memory."""
+    """From global or shared memory."""
     return plgpu.load(ref, *INDEX, layout=layout, optimized=False)
 
 
