@@ -39,7 +39,12 @@ def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="run the slow tests too")
 
 
+_LONG = ("test_whole_pass.py", "test_distributed.py", "test_notebooks.py")
+
+
 def pytest_collection_modifyitems(config, items):
+    # Workers take one file after another: begun last, a long one would keep a single worker busy.
+    items.sort(key=lambda item: item.path.name not in _LONG)
     if config.getoption("--full"):
         return
     skip = pytest.mark.skip(reason="slow: runs under --full")
