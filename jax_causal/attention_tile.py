@@ -67,8 +67,8 @@ def attend(q, keys, values, done, count, valid, no_keys, ahead, out_acc):
       out [ROWS, D] and its log-sum-exp [ROWS], float32.
     """
     (k_smem, k_ready, k_free), (v_smem, v_ready, v_free) = keys, values
-    # Read from shared memory at every step, queries made all of this 1-2 % slower under load, in which a card lowers its
-    # clock: likely by the power that it takes.
+    # Read from shared memory at every step, queries made all of this 1-2 % slower under load, in which a card lowers
+    # its clock: likely by the power that it takes.
     q = hopper_rows.load(q, plgpu.Layout.WGMMA)
     scale = math.log2(math.e) / math.sqrt(q.shape[1])  # scores in base 2: exp2 is the native instruction
     scores_type = plgpu.ACC((ROWS, BLOCK_K), jnp.float32)
