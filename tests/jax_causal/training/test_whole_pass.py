@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jax_causal import Pipeline
+from tests import quick
 from tests.micro_world import CONFIGS
 
 ROOT = Path(__file__).parents[3]
@@ -29,8 +30,7 @@ def fall(folder, name):
 
 @pytest.mark.timeout(900)
 def test_all_stages(tmp_path):
-    # Where much is computed, optimised code is worth its compiling, and the first level of it is fast enough.
-    flags = {"JAX_COMPILATION_CACHE_DIR": "", "XLA_FLAGS": "--xla_backend_optimization_level=1"}
+    flags = {"JAX_COMPILATION_CACHE_DIR": "", "XLA_FLAGS": quick.OPTIMIZED}
     environ = os.environ | {"PYTHONPATH": str(ROOT)} | flags
     falls = {"vae": ("error", 1.3), "teacher": ("velocity_error", 1.8), "causal": ("loss", 1.1)}
     for stage in ("vae", "teacher", "causal", "distill"):
