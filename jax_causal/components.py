@@ -66,7 +66,7 @@ def init(
 def _laid_out(component: str, params: dict, parallel: Parallel) -> dict:
     """Parameters just made, which nobody else holds, in the form that they are run in."""
     if component == "transformer" and parallel.unrolled:
-        return transformer.unroll(params, consume=True)
+        return transformer.unroll(params, parallel.joined, consume=True)
     return params
 
 

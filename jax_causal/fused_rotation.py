@@ -26,7 +26,7 @@ from jax_causal.peer_memory import Peers, Reach
 
 
 def rotate_into_cache(
-    qk,
+    product,
     v,
     scales,
     table,
@@ -43,8 +43,8 @@ def rotate_into_cache(
     """Queries and keys normalised over all heads jointly and rotated, these and the values written to the cache.
 
     Args:
-      qk: [B, F, m, 2, N, D] bfloat16, products of the projections of queries and keys; see `hopper_rows.suits`.
-      v: [B, F, m, N, D], values.
+      product: [B, F, m, 2, N, D] bfloat16, that of the projections of queries and keys; see `hopper_rows.suits`.
+      v: [B, F, m, N, D], values. None where they are the third of `product`, [B, F, m, 3, N, D].
       scales: of the two norms, [E] each.
       table: rotary factors [2, F, m, D/2].
       keys, values: one layer of the cache, [B, 1, K, N, D]. Donate them, or let the caller's `jax.jit`: they are
@@ -61,7 +61,7 @@ def rotate_into_cache(
     Returns:
       Rotated queries [B, F, m, N, D], keys and values of the cache, and `reach` for the next layer.
     """
-    products, factors = (qk, v, received), _factors(table)
+    products, factors = (product, v, received), _factors(table)
     if not (peers and peers.travels):
         return *_rotate(eps, peers, products, scales, factors, (keys, values), (slots,)), reach
     # Two arrays: one is a constant, and the other the same for all layers.
@@ -104,7 +104,7 @@ _rotate.defvjp(_rotate_fwd, _rotate_bwd)
 
 def plain_rotate(eps, peers, products, scales, factors, keys, values, slots):
     """`rotate_into_cache` without a kernel and counts; values are gathered, whatever has been received."""
-    qk, v, _ = products
+    qk, v = parts(*products[:2])
     F = qk.shape[1]
     q, k = normalise(qk, scales, eps)
     table = jnp.stack([factors[0, ..., ::2], factors[1, ..., 1::2]])
@@ -122,6 +122,11 @@ def plain_rotate(eps, peers, products, scales, factors, keys, values, slots):
     return q, keys, values
 
 
+def parts(product, v):
+    """Queries and keys [B, F, m, 2, N, D], and values [B, F, m, N, D]; the arguments are as above."""
+    return product[:, :, :, :2], product[:, :, :, 2] if v is None else v
+
+
 def normalise(qk, scales, eps: float):
     """Queries and keys of qk [..., 2, N, D] normalised over all heads jointly, to be rotated."""
     inverse = lax.rsqrt(jnp.mean(jnp.square(qk.astype(jnp.float32)), (-2, -1), keepdims=True) + eps)
@@ -136,14 +141,15 @@ def normalise(qk, scales, eps: float):
 # Compiled by itself, so that the layers of a model share their kernel.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _rotate_kernel(eps, peers, products, scales, factors, written, numbers):
-    qk, v, received = products
-    B, F, m, N, D = v.shape
-    travels, ahead = peers is not None and peers.travels, received is not None
+    product, v, received = products
+    B, F, m, _, N, D = product.shape
+    travels, ahead, apart = peers is not None and peers.travels, received is not None, v is not None
     refs = [jax.new_ref(x) for x in (written[0][:, 0], written[1][:, 0], *written[2:])]
     # Axes of the mesh are seen inside too: no name may be one of theirs.
     grid = {"kernel_frame": B * F, "kernel_tile": hopper_rows.tiles(m), "kernel_part": 4 if ahead else 3}
 
-    def kernel(qk_ref, v_ref, *rest):
+    def kernel(product_ref, *rest):
+        v_ref, rest = (rest[0], rest[1:]) if apart else (None, rest)
         received_ref, rest = (rest[0], rest[1:]) if ahead else (None, rest)
         q_scale_ref, k_scale_ref, factors_ref, slots_ref, *rest = rest
         there_refs, rest = (rest[:3], rest[3:]) if travels else ((), rest)
@@ -156,7 +162,7 @@ def _rotate_kernel(eps, peers, products, scales, factors, written, numbers):
 
         @pl.when(part < 2)
         def _rotate():
-            x = hopper_rows.load32(qk_ref.at[index, tokens, part], HEADS)
+            x = hopper_rows.load32(product_ref.at[index, tokens, part], HEADS)
             inverse = lax.rsqrt(jnp.sum(jnp.sum(x * x, axis=2), axis=1) / (N * D) + eps)
             q_scale, k_scale = (
                 hopper_rows.load32(ref, HEADS.reduce(0)) for ref in (q_scale_ref, k_scale_ref)
@@ -168,7 +174,7 @@ def _rotate_kernel(eps, peers, products, scales, factors, written, numbers):
                 hopper_rows.load32(factors_ref.at[i, frame, tokens], HEADS.reduce(1)) for i in range(2)
             )
             turned = hopper_rows.swap_pairs(x) * hopper_rows.spread(sin, x, 0, 2)
-            x = (x * hopper_rows.spread(cos, x, 0, 2) + turned).astype(v.dtype)
+            x = (x * hopper_rows.spread(cos, x, 0, 2) + turned).astype(product.dtype)
 
             @pl.when(part == 0)
             def _query():
@@ -180,7 +186,8 @@ def _rotate_kernel(eps, peers, products, scales, factors, written, numbers):
 
         @pl.when(part == 2)
         def _value():
-            x = hopper_rows.load(v_ref.at[index, tokens], HEADS)
+            here = v_ref.at[index, tokens] if apart else product_ref.at[index, tokens, 2]
+            x = hopper_rows.load(here, HEADS)
             if ahead:
                 place.here(values_ref, x, there.me)
             else:
@@ -205,11 +212,11 @@ def _rotate_kernel(eps, peers, products, scales, factors, written, numbers):
 
     q = hopper_rows.launch(
         kernel,
-        jax.ShapeDtypeStruct((B * F, m, N, D), v.dtype),
+        jax.ShapeDtypeStruct((B * F, m, N, D), product.dtype),
         grid,
         "rotate_into_caches" if peers and peers.count > 1 else "rotate_into_cache",
     )(
-        qk.reshape(B * F, m, 2, N, D),
+        product.reshape(B * F, m, -1, N, D),
         *(x.reshape(B * F, m, N, D) for x in (v, received) if x is not None),
         *(x.reshape(N, D) for x in scales),
         factors,

@@ -42,6 +42,10 @@ class Parallel(Protocol):
     def unrolled(self) -> bool:
         """Whether layers run unrolled over per-layer arrays instead of a scan over stacked ones."""
 
+    @property
+    def joined(self) -> str:
+        """Which projections of self-attention are one weight in unrolled layers: "qk" or "qkv"."""
+
     def for_model(self, config: ModelConfig, *, held: int | None = None) -> Parallel:
         """The form that runs this model, with everything settled that depends on its sizes; `held` latent frames are
         cached (default: as many as the model was trained on)."""
@@ -80,7 +84,7 @@ class Parallel(Protocol):
 
     def attend_product(
         self,
-        qk,
+        product,
         v,
         scales,
         table,
@@ -127,7 +131,7 @@ class SingleDevice:
     parts: int = 1
     unroll: bool | None = None
 
-    name, reason, num_devices = "single", "", 1
+    name, reason, num_devices, joined = "single", "", 1, "qkv"
 
     @property
     def unrolled(self) -> bool:
@@ -173,11 +177,11 @@ class SingleDevice:
 
         return fused_norm.add_norm(x, out, gate, norm, time, rows, eps=eps)
 
-    def attend_product(self, qk, v, scales, table, cache, layer, placement, layout, eps):
+    def attend_product(self, product, v, scales, table, cache, layer, placement, layout, eps):
         from jax_causal import fused_rotation
 
         q, *held, _ = fused_rotation.rotate_into_cache(
-            qk, v, scales, table, *cache.read(layer), placement.slots, eps=eps
+            product, v, scales, table, *cache.read(layer), placement.slots, eps=eps
         )
         cache = cache.replace_layer(layer, *held)
         return self._attend_to(cache, layer, q, placement, layout), cache

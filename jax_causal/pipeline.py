@@ -54,7 +54,7 @@ class Pipeline:
         self.parallel = (parallel or SingleDevice()).for_model(config)
         self.window, self.sink = window, sink
         if self.parallel.unrolled and not transformer.is_unrolled(self.params["transformer"]):
-            self.params["transformer"] = transformer.unroll(self.params["transformer"])
+            self.params["transformer"] = transformer.unroll(self.params["transformer"], self.parallel.joined)
 
     @classmethod
     def from_pretrained(

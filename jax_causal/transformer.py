@@ -5,7 +5,7 @@ can hold the same slice of every frame. Latents enter and leave as patch tokens 
 both sides (the converter has reordered the patch embedding), so that nothing is permuted between passes.
 
 Parameters of the blocks are stacked over layers and scanned; `unroll` gives per-layer arrays instead, which a GPU
-runs faster and compiles more slowly; there q, k and v of self-attention are one weight. Both forms compute the same.
+runs faster and compiles more slowly; there q, k and often v of self-attention are one weight. Both compute the same.
 """
 
 from __future__ import annotations
@@ -35,13 +35,12 @@ class TextKV(NamedTuple):
 class CausalDiT(nnx.Module):
     """The network: patch tokens, timesteps and text in, velocity out (as patch tokens).
 
-    With `unrolled`, blocks are separate modules instead of one stacked over layers. With `remat`, a gradient keeps
+    With `joined`, blocks are separate modules instead of one stacked over layers, and those projections of their
+    self-attention are one weight: "qk" or "qkv". With `remat`, a gradient keeps
     only what enters each block and computes the rest of it again.
     """
 
-    def __init__(
-        self, config: TransformerConfig, *, rngs: nnx.Rngs, unrolled: bool = False, remat: bool = False
-    ):
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, joined: str = "", remat: bool = False):
         dim = config.dim
         self.config, self.remat = config, remat
         self.patch_embedding = nnx.Linear(config.patch_size**2 * config.in_channels, dim, rngs=rngs)
@@ -49,8 +48,8 @@ class CausalDiT(nnx.Module):
         self.time_embedding = MLP((config.frequency_dim, dim, dim), jax.nn.silu, rngs)
         self.time_projection = nnx.Linear(dim, 6 * dim, rngs=rngs)
         self.head = Head(config, rngs)
-        if unrolled:
-            self.blocks = nnx.List([Block(config, rngs, merged=True) for _ in range(config.num_layers)])
+        if joined:
+            self.blocks = nnx.List([Block(config, rngs, joined=joined) for _ in range(config.num_layers)])
         else:
             stack = nnx.vmap(Block, in_axes=(None, 0), transform_metadata={nnx.PARTITION_NAME: None})
             self.blocks = nnx.split_rngs(splits=config.num_layers)(lambda r: stack(config, r))(rngs)
@@ -117,15 +116,17 @@ class CausalDiT(nnx.Module):
         if isinstance(self.blocks, nnx.List) and not self.remat and parallel.fuses(*sizes):
 
             def attend_product(projections, y, layer, cache):
-                # Values first: they may travel while queries and keys are multiplied. Without the barrier XLA would
-                # make one product of the two.
-                v, y = jax.lax.optimization_barrier((projections.v(y), y))
-                qk, v = (parallel.constrain(x, ACTIVATION) for x in (projections.qk(y), v))
-                qk = qk.reshape(*y.shape[:-1], 2, config.num_heads, -1)
-                v = v.reshape(*y.shape[:-1], config.num_heads, -1)
+                joined, v = projections.joined, None
+                if "v" not in joined:
+                    # First: they may travel while queries and keys are multiplied. Without the barrier XLA would make
+                    # one product of the two.
+                    v, y = jax.lax.optimization_barrier((projections.v(y), y))
+                    v = parallel.constrain(v, ACTIVATION).reshape(*y.shape[:-1], config.num_heads, -1)
+                product = parallel.constrain(getattr(projections, joined)(y), ACTIVATION)
+                product = product.reshape(*y.shape[:-1], len(joined), config.num_heads, -1)
                 scales = projections.norm_q.scale[...], projections.norm_k.scale[...]
                 return parallel.attend_product(
-                    qk, v, scales, table, cache, layer, placement, layout, config.eps
+                    product, v, scales, table, cache, layer, placement, layout, config.eps
                 )
 
             cache = parallel.begin_pass(cache, layout.tokens)
@@ -291,8 +292,8 @@ def abstract(config: TransformerConfig, dtype=jnp.float32) -> dict:
     return modules.abstract(CausalDiT, config, dtype=dtype)
 
 
-def unroll(params: dict, *, consume: bool = False) -> dict:
-    """Stacked parameters with the blocks cut into per-layer arrays, and q and k of self-attention joined.
+def unroll(params: dict, joined: str = "qk", *, consume: bool = False) -> dict:
+    """Stacked parameters with the blocks cut into per-layer arrays, and projections of self-attention joined.
 
     With `consume` every stacked array is deleted once it is cut, so that a device never holds all of them twice.
     """
@@ -305,9 +306,9 @@ def unroll(params: dict, *, consume: bool = False) -> dict:
         return layers
 
     own = dict(params["blocks"]["self_attn"])
-    joined = jax.tree.map(lambda *x: x, *(own.pop(name) for name in "qk"))
+    weights = jax.tree.map(lambda *x: x, *(own.pop(name) for name in joined))
     rest = jax.tree.map(lambda x: (x,), params["blocks"] | {"self_attn": own})
-    blocks = rest | {"self_attn": rest["self_attn"] | {"qk": joined}}
+    blocks = rest | {"self_attn": rest["self_attn"] | {joined: weights}}
     leaves, structure = jax.tree.flatten(blocks, is_leaf=lambda x: isinstance(x, tuple))
     layers = zip(*map(cut, leaves), strict=True)
     return params | {"blocks": {i: structure.unflatten(layer) for i, layer in enumerate(layers)}}
@@ -320,4 +321,7 @@ def is_unrolled(params: dict) -> bool:
 
 def bind(config: TransformerConfig, params: dict, *, remat: bool = False) -> CausalDiT:
     """The network holding `params`, stacked or unrolled; for use inside `jax.jit`."""
-    return modules.bind(CausalDiT, config, params, unrolled=is_unrolled(params), remat=remat)
+    joined = ""
+    if is_unrolled(params):
+        (joined,) = {"qk", "qkv"} & params["blocks"][0]["self_attn"].keys()
+    return modules.bind(CausalDiT, config, params, joined=joined, remat=remat)

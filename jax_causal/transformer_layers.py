@@ -56,18 +56,16 @@ class AffineLayerNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Projections of one attention layer. Queries and keys are normalised over all heads jointly. `merged` is one
-    weight for q and k."""
+    """Projections of one attention layer. Queries and keys are normalised over all heads jointly. `joined` names those
+    that are one weight: none, "qk" or "qkv"."""
 
-    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, *, merged: bool = False):
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, *, joined: str = ""):
         dim = config.dim
-        if merged:
-            self.qk = nnx.Linear(dim, 2 * dim, rngs=rngs)
-        else:
-            self.q, self.k = (nnx.Linear(dim, dim, rngs=rngs) for _ in "qk")
-        self.v, self.o = (nnx.Linear(dim, dim, rngs=rngs) for _ in "vo")
+        for names in (joined, *(name for name in "qkvo" if name not in joined)):
+            if names:
+                setattr(self, names, nnx.Linear(dim, len(names) * dim, rngs=rngs))
         self.norm_q, self.norm_k = (RMSNorm(dim, config.eps) for _ in "qk")
-        self.num_heads, self.eps, self.merged = config.num_heads, config.eps, merged
+        self.num_heads, self.eps, self.joined = config.num_heads, config.eps, joined
 
     def _heads(self, x):
         return x.reshape(*x.shape[:-1], self.num_heads, -1)
@@ -82,14 +80,14 @@ class Attention(nnx.Module):
 
     def query_key_value(self, x):
         """[..., E] -> three of [..., N, D], whose first two are going to be rotated."""
-        v = self.v(x)
-        if self.merged:
-            qk = self.qk(x).reshape(*x.shape[:-1], 2, -1)
-            inverse = jnp.unstack(inverse_rms(qk, self.eps), axis=-2)
-            q, k = jnp.unstack(qk, axis=-2)
+        if self.joined:
+            product = getattr(self, self.joined)(x).reshape(*x.shape[:-1], len(self.joined), -1)
+            inverse = jnp.unstack(inverse_rms(product[..., :2, :], self.eps), axis=-2)
+            q, k, *rest = jnp.unstack(product, axis=-2)
         else:
-            q, k = self.q(x), self.k(x)
+            q, k, *rest = self.q(x), self.k(x)
             inverse = inverse_rms(q, self.eps), inverse_rms(k, self.eps)
+        v = rest[0] if rest else self.v(x)
         # The barrier keeps the statistic's kernel from taking the whole norm: on a GPU what follows it then becomes
         # one kernel with the rotation.
         for_q, for_k = jax.lax.optimization_barrier(inverse)
@@ -122,10 +120,10 @@ def gelu(x):
 class Block(nnx.Module):
     """Self-attention, cross-attention and MLP, the first and last modulated per frame by the timestep."""
 
-    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, *, merged: bool = False):
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, *, joined: str = ""):
         dim = config.dim
         self.modulation = nnx.Param(jax.random.normal(rngs.params(), (6, dim)) / dim**0.5)
-        self.self_attn = Attention(config, rngs, merged=merged)
+        self.self_attn = Attention(config, rngs, joined=joined)
         self.cross_attn = Attention(config, rngs)
         self.norm3 = AffineLayerNorm(dim, config.eps)
         self.ffn = MLP((dim, config.ffn_dim, dim), gelu, rngs)

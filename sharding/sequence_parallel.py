@@ -117,6 +117,8 @@ class Sharded:
     unroll: bool | None = None
     reason: str = dataclasses.field(default="", compare=False)
 
+    joined = "qk"  # the values may travel before queries and keys are known
+
     @property
     def unrolled(self) -> bool:
         return SingleDevice(unroll=self.unroll).unrolled

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_causal import rollout, transformer
+from jax_causal.parallel import SingleDevice
 from jax_causal.rollout import RolloutSpec
 from tests import golden_data
 from tests.models import golden_sampler, golden_transformer
@@ -22,7 +23,7 @@ class GoldenRollout:
         self.settings = golden_data.settings(self.data)
         self.config, params = golden_transformer(self.data)
         params = jax.tree.map(lambda p: p.astype(dtype), params)
-        self.params = transformer.unroll(params) if unrolled else params
+        self.params = transformer.unroll(params, (parallel or SingleDevice()).joined) if unrolled else params
         self.sampler = golden_sampler(self.data)
         self.height, self.width = self.data["noise"].shape[-2:]
         self.initial = self.settings["n_init"]

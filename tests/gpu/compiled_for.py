@@ -105,7 +105,8 @@ def _denoising(spec):
     network, frames = spec.transformer, spec.sampler.frames_per_block
 
     def arguments():
-        params = transformer.unroll(transformer.init(network, jax.random.key(0), DTYPE))
+        params = transformer.init(network, jax.random.key(0), DTYPE)
+        params = transformer.unroll(params, spec.parallel.joined)
         cache = rollout.init_cache(spec, 1, DTYPE, stacked=False)
         text = rollout.embed_text(spec, params, jnp.zeros((1, network.text_length, network.text_dim)))
         noise, renoise = rollout.draw_noise(spec, jax.random.split(jax.random.key(0), 1), 0, frames, DTYPE)

@@ -88,8 +88,12 @@ def _stacked(params):
     layers = []
     for i in range(len(params["blocks"])):
         own = dict(params["blocks"][i]["self_attn"])
-        joined = jax.tree.map(lambda x: dict(zip("qk", jnp.split(x, 2, axis=-1), strict=True)), own.pop("qk"))
-        own |= {name: {kind: parts[name] for kind, parts in joined.items()} for name in "qk"}
+        (names,) = {"qk", "qkv"} & own.keys()
+        joined = jax.tree.map(
+            lambda x, names=names: dict(zip(names, jnp.split(x, len(names), axis=-1), strict=True)),
+            own.pop(names),
+        )
+        own |= {name: {kind: parts[name] for kind, parts in joined.items()} for name in names}
         layers.append(params["blocks"][i] | {"self_attn": own})
     return params | {"blocks": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
 

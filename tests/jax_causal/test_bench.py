@@ -252,7 +252,7 @@ def test_pass_against_xla():
     # Wide and few layers, so that products are nearly all; unrolled, because XLA counts a loop's body once.
     config = TransformerConfig(dim=256, num_layers=2, num_heads=2, ffn_dim=512, text_dim=64, text_length=64)
     spec = rollout.RolloutSpec.create(config, SamplerConfig(frames_per_block=2), (8, 8), 4)
-    params = modules.abstract(rollout.transformer.CausalDiT, config, unrolled=True)
+    params = modules.abstract(rollout.transformer.CausalDiT, config, joined="qkv")
     kv = jax.ShapeDtypeStruct((1, 64, 2, 128), jnp.float32)
     text = rollout.transformer.TextKV((kv, kv), (kv, kv))
     cache = rollout.init_cache(spec, 1, jnp.float32, stacked=False)

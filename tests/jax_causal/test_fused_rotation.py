@@ -60,9 +60,11 @@ def _check_cache(new_keys, new_values, keys, values, qkv, expected_keys, slots):
         np.testing.assert_array_equal(f64(new)[:, :, untouched], f64(old)[:, :, untouched])
 
 
-def test_one_device(machine):
+@pytest.mark.parametrize("joined", [False, True], ids=["qk", "qkv"])
+def test_one_device(machine, joined):
     qkv, scales, table, keys, values, slots = _queries()
-    q, *held, _ = fused_rotation.rotate_into_cache(*_parts(qkv), scales, table, keys, values, slots, eps=EPS)
+    products = (qkv, None) if joined else _parts(qkv)
+    q, *held, _ = fused_rotation.rotate_into_cache(*products, scales, table, keys, values, slots, eps=EPS)
     expected_q, expected_k = _expected(qkv, scales, table)
     assert_rounded(q, expected_q)
     _check_cache(*held, keys, values, qkv, expected_k, slots)
@@ -186,7 +188,8 @@ def test_the_plain_form_is_the_same_function(machine):
         assert relative(result, plain) < 4e-3
 
 
-def test_gradient_goes_around_the_kernel(machine):
+@pytest.mark.parametrize("products", [_parts, lambda qkv: (qkv, None)], ids=["qk", "qkv"])
+def test_gradient_goes_around_the_kernel(machine, products):
     """With respect to the cache too, whose values before are not kept for it."""
     qkv, scales, table, *caches, slots = _queries(B=1, F=2, N=2, slots=(1, 0), room=24)
     weights = random(*[(1, 2, 8, 2, 128)], *2 * [(1, 1, 24, 2, 128)], seed=1)
@@ -196,11 +199,11 @@ def test_gradient_goes_around_the_kernel(machine):
         return sum((y.astype(jnp.float32) * w).sum() for y, w in zip(results, weights, strict=True))
 
     def fused(qkv, scales, *caches):
-        return fused_rotation.rotate_into_cache(*_parts(qkv), scales, table, *caches, slots, eps=EPS)[:3]
+        return fused_rotation.rotate_into_cache(*products(qkv), scales, table, *caches, slots, eps=EPS)[:3]
 
     def plain(qkv, scales, *caches):
         factors = fused_rotation._factors(table)
-        return fused_rotation.plain_rotate(EPS, None, (*_parts(qkv), None), scales, factors, *caches, slots)
+        return fused_rotation.plain_rotate(EPS, None, (*products(qkv), None), scales, factors, *caches, slots)
 
     of = (qkv, scales, caches)
     actual = jax.grad(functools.partial(loss, fused), (0, 1, 2))(*of)
@@ -216,7 +219,7 @@ def test_lowers_for_a_gpu():
     def layers(qkv, scale, table, keys, values, slots):
         for _ in range(3):
             q, keys, values, _ = fused_rotation.rotate_into_cache(
-                *_parts(qkv), (scale, scale), table, keys, values, slots, eps=EPS
+                qkv, None, (scale, scale), table, keys, values, slots, eps=EPS
             )
             qkv = qkv.at[:, :, :, 0].set(q)
         return qkv, keys, values

@@ -134,7 +134,7 @@ def _params():
 def _run(spec, num_blocks, stacked=True, dtype=jnp.float32):
     """Latents per block, and the final cache, for seeded noise that depends on frame numbers alone."""
     params = jax.tree.map(lambda p: p.astype(dtype), _params())
-    params = params if stacked else transformer.unroll(params)
+    params = params if stacked else transformer.unroll(params, spec.parallel.joined)
     keys = jax.random.split(jax.random.key(1), 1)
     cache = rollout.init_cache(spec, 1, dtype, stacked=stacked)
     text = rollout.embed_text(spec, params, jax.random.normal(jax.random.key(2), (1, 5, 16)))
@@ -217,7 +217,7 @@ def _run_more(spec, stacked):
         cache = rollout.write_context(spec, params, cache, text, x0, place, np.float32(0))
 
 
-_unrolled = functools.cache(lambda: transformer.unroll(_params()))
+_unrolled = functools.cache(lambda: transformer.unroll(_params(), SingleDevice().joined))
 _context = functools.cache(lambda: jax.random.normal(jax.random.key(2), (1, 5, 16)))
 _keys = functools.cache(lambda: jax.random.split(jax.random.key(1), 1))
 

@@ -35,11 +35,11 @@ def _inputs(name):
 
 
 def _network(config, params, unrolled):
-    return transformer.bind(config, transformer.unroll(params) if unrolled else params)
+    return transformer.bind(config, transformer.unroll(params, unrolled) if unrolled else params)
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("unrolled", [False, True], ids=["scanned", "unrolled"])
+@pytest.mark.parametrize("unrolled", ["", "qk", "qkv"], ids=["scanned", "unrolled", "unrolled-qkv"])
 def test_bidirectional(unrolled):
     data, config, params, grid = _inputs("dit_bidirectional")
     network = _network(config, params, unrolled)
@@ -65,7 +65,7 @@ def test_embeddings():
     np.testing.assert_allclose(text, data["inter/text_embed"], atol=ATOL)
 
 
-def _masked(data, config, params, grid, x, t, mask, unrolled=False):
+def _masked(data, config, params, grid, x, t, mask, unrolled=""):
     network = _network(config, params, unrolled)
     frames = rope.frame_factors(0, x.shape[2], config.head_dim)
     text = network.embed_text(data["context"])
@@ -111,7 +111,7 @@ def test_teacher_forcing(augmented):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("unrolled", [False, True], ids=["scanned", "unrolled"])
+@pytest.mark.parametrize("unrolled", ["", "qk", "qkv"], ids=["scanned", "unrolled", "unrolled-qkv"])
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
 def test_cached_forward_from_a_prefix(unrolled, split):
     """Two blocks after a prefix of arbitrary keys and values, at a start offset."""
@@ -216,7 +216,7 @@ def test_frame_masks():
 
 def test_unrolling_can_consume_the_stacks():
     params = transformer.init(PRESETS["tiny"].transformer, jax.random.key(0))
-    kept, stacks = transformer.unroll(params), jax.tree.leaves(params["blocks"])
-    consumed = transformer.unroll(params, consume=True)
+    kept, stacks = transformer.unroll(params, "qkv"), jax.tree.leaves(params["blocks"])
+    consumed = transformer.unroll(params, "qkv", consume=True)
     assert all(x.is_deleted() for x in stacks)
     jax.tree.map(np.testing.assert_array_equal, consumed, kept)
