@@ -6,7 +6,8 @@ is in `attention_tile`.
 
 Two such blocks on neighbouring processors, a cluster, walk over the same keys for 128 queries each: a block copies one
 half of every step's keys and values, to both, and so half as much passes from the L2 cache. Which block does what is
-said by `attention_plan`; what several find for the same queries is merged by fp32 statistics, from fp32 outputs.
+said by `attention_plan`; what several find for the same queries the last of them merges by fp32 statistics, from fp32
+outputs.
 """
 
 from __future__ import annotations
@@ -15,13 +16,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_causal import attention_tile
-from jax_causal.attention_plan import CLUSTER, TILE, Plan
+from jax_causal import attention_tile, hopper_rows
+from jax_causal.attention_plan import CLUSTER, PARTS, TILE, Plan
 from jax_causal.attention_tile import BLOCK_K, ROWS
 
 WORKERS = TILE // ROWS  # warpgroups that multiply
@@ -33,11 +33,11 @@ def supported() -> bool:
     return hasattr(plgpu, "wgmma_accumulator_load")
 
 
-def attend(q, k, v, length, *, no_keys: float, merge, processors: int) -> tuple[jax.Array, jax.Array]:
+def attend(q, k, v, length, *, no_keys: float, processors: int) -> tuple[jax.Array, jax.Array]:
     """Attention over the first `length` keys (None for all) and its log-sum-exp.
 
     Takes q [B, T, N, D] and k, v [B, K, N, D] of one 16-bit dtype, D 64 or 128 and K a multiple of 8, and an int32
-    scalar. Keys behind `length` are loaded, and must be finite. `merge` is `attention.merge`.
+    scalar. Keys behind `length` are loaded, and must be finite.
 
     Returns:
       out [B, T, N, D] in the dtype of q and lse [B, N, T] in float32, which is `no_keys` where `length` is 0.
@@ -46,32 +46,8 @@ def attend(q, k, v, length, *, no_keys: float, merge, processors: int) -> tuple[
     plan = Plan.cheapest(T, B * N, K, processors)
     q = jnp.pad(q, ((0, 0), (0, -T % 8), (0, 0), (0, 0)))  # the copy engine wants eights of rows
     length = jnp.full((1,), K if length is None else length, jnp.int32)
-    out, lse, *shared = forward(q, k, v, length, plan=plan, no_keys=no_keys)
-    if plan.shared:
-        rows = q.shape[1] - plan.whole * TILE
-        outs, lses = merge(*_runs(plan, *(x[:, :, :rows] for x in shared), no_keys))
-        outs = outs.astype(out.dtype)
-        if plan.whole:
-            # In place. Without the barrier XLA (of jax 0.11.2) may draw the update into the kernel, and find a circle.
-            outs = lax.dynamic_update_slice_in_dim(
-                lax.optimization_barrier(out), outs, plan.whole * TILE, axis=1
-            )
-        out = outs
-        lse = jnp.concatenate([lse, lses], axis=2) if plan.whole else lses
+    out, lse = forward(q, k, v, length, plan=plan, no_keys=no_keys)
     return out[:, :T], lse[:, :, :T]
-
-
-def _runs(plan, outs, lses, no_keys):
-    """Lists of [B, T, N, D] and [B, N, T] for `merge` from outs [runs, B, T, N, D] and lses [runs, B, T, N], with what
-    no block has written replaced by what an attention without keys finds."""
-    B, T, N = lses.shape[1:]
-    found = np.repeat(plan.is_run().reshape(plan.runs, B, N, plan.shared), TILE, axis=3)[..., :T]
-    found = np.swapaxes(found, 2, 3)
-    outs = [
-        jnp.where(here[..., None], x, 0) if not here.all() else x for here, x in zip(found, outs, strict=True)
-    ]
-    lses = [jnp.where(here, x, no_keys) if not here.all() else x for here, x in zip(found, lses, strict=True)]
-    return outs, [jnp.swapaxes(x, 1, 2) for x in lses]
 
 
 # Compiled by itself, so that the layers of a model share one kernel: each costs a second.
@@ -79,15 +55,12 @@ def _runs(plan, outs, lses, no_keys):
 def forward(q, k, v, length, *, plan: Plan, no_keys: float):
     """The kernel. T and K are multiples of 8.
 
-    Returns out [B, T, N, D], undefined where tiles are shared, and lse [B, N, whole * 128] of whole tiles (both smaller
-    and undefined where there are none). Of shared ones each run's fp32 out [runs, B, shared * 128, N, D] and lse [runs,
-    B, shared * 128, N], undefined where `Plan.is_run` says that there is none.
+    Returns out [B, T, N, D] and lse [B, N, tiles * 128], which is undefined behind T.
     """
-    B, T, N, D = q.shape
-    out_type = [
-        jax.ShapeDtypeStruct((B, T if plan.whole else 8, N, D), q.dtype),
-        jax.ShapeDtypeStruct((B, N, max(plan.whole, 1) * TILE), jnp.float32),
-    ]
+    B, _, N, D = q.shape
+    varying = jax.typeof(q).manual_axis_type  # over the axes of a mesh, inside `shard_map`
+    result = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=varying)
+    out_type = [result(q.shape, q.dtype), result((B, N, plan.tiles * TILE), jnp.float32)]
     # Memory is free when both blocks have used theirs, for both write to both.
     free = plgpu.ClusterBarrier(collective_axes=("side",), num_arrivals=WORKERS, num_barriers=STAGES)
     scratch = {
@@ -102,25 +75,36 @@ def forward(q, k, v, length, *, plan: Plan, no_keys: float):
         "k_free": free,
         "v_free": free,
     }
+    operands = [q, k, v, length, jnp.asarray(plan.borders())]
     if plan.shared:
-        out_type += [
-            jax.ShapeDtypeStruct((plan.runs, B, plan.shared * TILE, N, D), jnp.float32),
-            jax.ShapeDtypeStruct((plan.runs, B, plan.shared * TILE, N), jnp.float32),
-        ]
-    return plgpu.kernel(
-        functools.partial(_kernel, plan=plan, no_keys=no_keys),
+        # What blocks leave to others, and whether it is there, by block and warpgroup.
+        rows = plan.runs, B, N, plan.shared * TILE
+        out_type += [result((*rows, D), jnp.float32), result(rows, jnp.float32)]
+        ready = jnp.zeros((plan.clusters, CLUSTER, WORKERS), jnp.int32)
+        ready = lax.pcast(ready, tuple(varying.varying), to="varying")
+        operands += [jnp.asarray(plan.openers()), jax.new_ref(ready)]
+
+    def kernel(*refs):
+        body = functools.partial(_kernel, *refs, plan=plan, no_keys=no_keys)
+        pl.run_scoped(body, collective_axes="warpgroup", **scratch)
+
+    # Not `plgpu.kernel`, which in jax 0.10 takes no references.
+    out, lse, *_ = pl.kernel(
+        kernel,
         out_type=out_type,
-        scratch_types=scratch,
-        grid=(plan.clusters,),
-        grid_names=("cluster",),
-        cluster=(CLUSTER,),
-        cluster_names=("side",),
-        num_threads=WORKERS + 1,
-        thread_name="warpgroup",
+        mesh=plgpu.Mesh(
+            grid=(plan.clusters,),
+            grid_names=("cluster",),
+            cluster=(CLUSTER,),
+            cluster_names=("side",),
+            num_threads=WORKERS + 1,
+            thread_name="warpgroup",
+        ),
         # Rows are reduced within a warp, which needs no scratch.
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
-        kernel_name="flash_attention_hopper",
-    )(q, k, v, length, jnp.asarray(plan.borders()))
+        name="flash_attention_hopper",
+    )(*operands)
+    return out, lse
 
 
 def _swizzled(shape, dtype):
@@ -151,9 +135,9 @@ def load(source, smem, ready, free, step, together):
         plgpu.copy_gmem_to_smem(source, smem, ready)
 
 
-def _kernel(
-    q_ref, k_ref, v_ref, length_ref, borders_ref, out_ref, lse_ref, *shared_refs, plan, no_keys, **scratch
-):
+def _kernel(q_ref, k_ref, v_ref, length_ref, borders_ref, *refs, plan, no_keys, **scratch):
+    (openers_ref, found_ref), refs = (refs[:2], refs[2:]) if plan.shared else ((None, None), refs)
+    out_ref, lse_ref, *left = refs
     q_smem, k_smem, v_smem, out_smem, lse_smem = (
         scratch[f"{name}_smem"] for name in ("q", "k", "v", "out", "lse")
     )
@@ -225,24 +209,44 @@ def _kernel(
             out, lse = pl.run_scoped(attended, plgpu.ACC((ROWS, queries.shape[1]), jnp.float32))
             place = find(index)
             batch, head = lax.div(place.head, N), lax.rem(place.head, N)
-            rows = pl.ds(place.tile * TILE + me * ROWS, ROWS)  # in whole or shared ones
 
-            @pl.when(jnp.logical_not(place.shared))
-            def _whole():
+            @pl.when(place.end == PARTS)
+            def _finish():
+                merged, merged_lse = take_over(place, out, lse) if plan.shared else (out, lse)
+                rows = pl.ds(first_query(place), ROWS)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left this memory
-                shown[...] = out.astype(shown.dtype)
-                lse_smem[me] = lse
+                shown[...] = merged.astype(shown.dtype)
+                lse_smem[me] = merged_lse
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(shown, out_ref.at[batch, rows, head])
                 plgpu.copy_smem_to_gmem(lse_smem.at[me], lse_ref.at[batch, head, rows])
 
             if plan.shared:
 
-                @pl.when(place.shared)
-                def _shared():
-                    shared_out, shared_lse = shared_refs
-                    shared_out[place.run, batch, rows, head] = out
-                    store(shared_lse.at[place.run, batch, rows, head], lse)
+                @pl.when(place.end < PARTS)
+                def _leave():
+                    outs_ref, lses_ref = left
+                    at = left_at(place, place.run)
+                    outs_ref[at] = out
+                    store(lses_ref.at[at], lse)
+                    hopper_rows.tell_one(found_ref.at[cluster, side, me])
+
+        def left_at(place, run):
+            """Where a run of a shared tile has left what it has found."""
+            rows = pl.ds(place.tile * TILE + me * ROWS, ROWS)
+            return run, lax.div(place.head, N), lax.rem(place.head, N), rows
+
+        def take_over(place, out, lse):
+            """What all blocks have found for a tile, once those that have begun it are done."""
+
+            def merge(other, merged):
+                out, peak, total = merged
+                hopper_rows.wait_for_one(found_ref.at[other, side, me])
+                outs_ref, lses_ref = (ref.at[left_at(place, lax.rem(other, plan.runs))] for ref in left)
+                return attention_tile.merge(out, peak, total, outs_ref, lses_ref)
+
+            first = jnp.where(place.begin > 0, openers_ref[cluster], cluster)
+            return attention_tile.merged(lax.fori_loop(first, cluster, merge, attention_tile.begin(out, lse)))
 
         def tile(index, done):
             place, _, count, valid = walk(index)

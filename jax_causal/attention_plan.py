@@ -7,7 +7,8 @@ have no keys in common. As many clusters as the card has room for each take one 
 4680 queries of 12 heads are 222 pairs, 3.4 for each of 66 clusters. So that all end at once, the pairs of the last
 tiles of every head are laid in a row, keys behind keys, and a cluster gets the stretch of it that makes its share even:
 the rest of a pair that others have begun, or the beginning of one, or both (stream-K, arXiv:2301.03598). What several
-find for the same queries is merged.
+find for the same queries is merged by the one that has the end of the keys, and a cluster walks the pair that it leaves
+to another before the pair that others leave to it. So it waits for clusters before it alone, which are no later.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from jax import lax
 TILE = 128  # queries of a block
 CLUSTER = 2  # blocks
 PARTS = 1024  # of the keys of a shared pair, in which stretches are counted
-# In keys that a block could walk over meanwhile (11.7 ns each on an H200): what a tile costs beside its keys, what a
-# merge costs, and what it costs for every run of every tile.
+# In keys that a block could walk over meanwhile (11.7 ns each on an H200): what a tile costs beside its keys, what it
+# costs that tiles are shared, and every run of every tile: shared ones find less of what they read in the L2 cache.
 TILE_COST, MERGE_COST, RUN_COST = 300, 450, 3
 MOST = 8  # clusters for each pair that there is: more find too little to do
 
@@ -36,7 +37,7 @@ class Place(NamedTuple):
       tile: among the shared tiles of the head, or among the others.
       head: of those of all samples.
       together: whether the other block of the cluster walks over the same keys.
-      run: where to put what is found for a shared tile; no two blocks of one tile have the same.
+      run: where to put what is found for a tile that is left to others; no two blocks of one tile have the same.
       begin, end: the part of the keys, of `PARTS`.
     """
 
@@ -119,17 +120,13 @@ class Plan(NamedTuple):
         """The most clusters that walk one shared pair."""
         return max(map(len, self.walkers()), default=1)
 
-    def is_run(self) -> np.ndarray:
-        """Which runs of shared tiles there are, bool [runs, heads, shared]; the others are undefined."""
-        found = np.zeros((self.runs, self.heads, self.shared), bool)
-        pairs_of_head = self.shared // CLUSTER
+    def openers(self) -> np.ndarray:
+        """For each cluster, the first that walks the pair in which its stretch begins, int32 [clusters]: itself, unless
+        others have begun that pair."""
+        found, borders = np.arange(self.clusters, dtype=np.int32), self.borders()
         for pair, clusters in enumerate(self.walkers()):
-            first, head = divmod(pair, self.heads)
-            at = np.s_[head, first * CLUSTER : (first + 1) * CLUSTER]
-            if first == pairs_of_head:
-                at = np.s_[head * CLUSTER : (head + 1) * CLUSTER, -1]
-            for cluster in clusters:
-                found[cluster % self.runs][at] = True
+            later = [cluster for cluster in clusters if borders[cluster] > pair * PARTS]
+            found[later] = clusters.start
         return found
 
     # In a kernel: arguments are int32 scalars, or arrays of them.
@@ -148,9 +145,8 @@ class Plan(NamedTuple):
         """
         wholes = self._wholes(cluster)
         shared = index >= wholes
-        pair = jnp.where(
-            shared, self._stretch(begin, end)[0] + index - wholes, index * self.clusters + cluster
-        )
+        last = self._stretch(begin, end)[1] - 1
+        pair = jnp.where(shared, last - (index - wholes), index * self.clusters + cluster)
         tiles = jnp.where(shared, self.shared, self.whole)
         of_head = lax.div(tiles, CLUSTER)
         together = pair < self.heads * of_head

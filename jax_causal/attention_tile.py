@@ -130,6 +130,30 @@ def attend(q, keys, values, done, count, valid, no_keys, ahead, out_acc):
     return out / _over(total, out.shape), lse * any_keys + no_keys * (1 - any_keys)
 
 
+# What several blocks find for the same queries, merged as `attention.merge` does.
+
+
+def begin(out, lse):
+    """What is merged with others: a sum of outputs with weights, the largest log-sum-exp, and the sum of weights."""
+    return out, lse, _full(1)
+
+
+def merge(out, peak, total, other_ref, other_lse_ref):
+    """`begin` or the merge before, with what another block has left in memory."""
+    layout = plgpu.Layout.WGMMA
+    other, other_lse = hopper_rows.load(other_ref, layout), hopper_rows.load(other_lse_ref, layout.reduce(1))
+    new_peak = jnp.maximum(peak, other_lse)
+    shrink, weight = jnp.exp(peak - new_peak), jnp.exp(other_lse - new_peak)
+    out = out * _over(shrink, out.shape) + other * _over(weight, out.shape)
+    return out, new_peak, total * shrink + weight
+
+
+def merged(found):
+    """Output and log-sum-exp over the keys of all."""
+    out, peak, total = found
+    return out / _over(total, out.shape), peak + jnp.log(total)
+
+
 def _rescaled(out, shrink):
     """`out` [ROWS, D] times `shrink` [ROWS].
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import vector
 
@@ -87,3 +88,28 @@ def swap_pairs(x):
         return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=x.is_signed)
 
     return swap(x)
+
+
+# Counts are int32 [] in global memory. Semaphores of Pallas would do, but each kernel has its own.
+
+
+def tell_one(ref):
+    """Makes a count of this device one. Who sees it sees what this warpgroup has written before."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def tell(ctx, ref):
+        mgpu_utils.warpgroup_barrier()
+        mgpu_utils.SemaphoreRef(mgpu_utils.memref_ptr(ref)).signal(1, memory_scope="gpu")
+
+    tell(ref)
+
+
+def wait_for_one(ref):
+    """Waits until a count of this device is one."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def wait(ctx, ref):
+        semaphore = mgpu_utils.SemaphoreRef(mgpu_utils.memref_ptr(ref))
+        semaphore.wait(1, decrement=False, memory_scope="gpu")
+
+    wait(ref)

@@ -52,7 +52,7 @@ CASES = {
 
 
 def hopper(q, k, v, length):
-    how = {"no_keys": attention.NO_KEYS, "merge": attention.merge, "processors": PROCESSORS}
+    how = {"no_keys": attention.NO_KEYS, "processors": PROCESSORS}
     return attention_hopper.attend(q, k, v, length, **how)[0]
 
 

@@ -22,7 +22,7 @@ from jax._src.pallas.mosaic_gpu.interpret import params as interpreter
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_causal import attention, attention_hopper, attention_tile
+from jax_causal import attention, attention_hopper, attention_tile, hopper_rows
 from jax_causal.attention_plan import Plan
 
 # queries, heads, keys, how many of these are valid, and the plan
@@ -30,6 +30,7 @@ CASES = [
     (320, 3, 640, 600, Plan(tiles=3, heads=3, shared=3, clusters=2)),
     (600, 3, 768, 700, Plan(tiles=5, heads=3, shared=2, clusters=3)),
     (384, 2, 512, 300, Plan(tiles=3, heads=2, shared=0, clusters=2)),
+    (250, 1, 640, 600, Plan(tiles=2, heads=1, shared=2, clusters=4)),
 ]
 
 
@@ -67,18 +68,27 @@ def load(source, smem, ready, free, step, together):
     plgpu.copy_gmem_to_smem(source, smem.at[slot], ready.at[slot])
 
 
+def tell_one(ref):
+    ref[...] = jnp.int32(1)
+
+
+def wait_for_one(ref):
+    lax.while_loop(lambda found: found != 1, lambda _: ref[...], ref[...])
+
+
 def check(queries, heads, keys, length, plan) -> bool:
     attention_hopper.load, attention_tile.attend = load, attend_tile
     attention_tile.gather_warps = lambda: None  # here a warpgroup is one thread
+    attention_tile._full = lambda value: jnp.full((attention_tile.ROWS,), value, jnp.float32)
+    hopper_rows.tell_one, hopper_rows.wait_for_one = tell_one, wait_for_one
+    hopper_rows.load = lambda ref, layout: ref[...]
     plgpu.set_max_registers = lambda *args, **kwargs: None
     Plan.cheapest = lambda *args: plan
     q, k, v = (
         jax.random.normal(jax.random.key(i), (1, n, heads, 64), jnp.bfloat16)
         for i, n in enumerate((queries, keys, keys))
     )
-    attend = functools.partial(
-        attention_hopper.attend, no_keys=attention.NO_KEYS, merge=attention.merge, processors=132
-    )
+    attend = functools.partial(attention_hopper.attend, no_keys=attention.NO_KEYS, processors=132)
     # As one program: what is dispatched beside it can take the last thread that it waits for.
     with interpreter.force_gpu_interpret_mode(interpreter.InterpretGPUParams()):
         out, lse = jax.block_until_ready(jax.jit(attend)(q, k, v, jnp.int32(length)))
