@@ -35,9 +35,8 @@ def test_all_stages(tmp_path):
     for stage in ("vae", "teacher", "causal", "distill"):
         command = ["train", "--config", CONFIGS / f"{stage}.json", "--out", stage, "--json", f"{stage}.out"]
         program = [sys.executable, "-m", "jax_causal", *command]
-        flags = (
-            quick.FLAGS if stage == "distill" else quick.OPTIMIZED
-        )  # it has the most to compile and few updates
+        # The last has the most to compile, and few updates.
+        flags = quick.FLAGS if stage == "distill" else quick.OPTIMIZED
         subprocess.run(program, check=True, cwd=tmp_path, env=environ | {"XLA_FLAGS": flags})
         assert json.loads((tmp_path / f"{stage}.out").read_text())["finished"]
         if stage in falls:
