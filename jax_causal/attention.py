@@ -43,6 +43,7 @@ def attention(
     *,
     length: jax.Array | int | None = None,
     mask: np.ndarray | None = None,
+    distinct: jax.Array | int | None = None,
     backend: Backend = "auto",
 ) -> jax.Array:
     """softmax(q k^T / sqrt(D)) v, differentiable in q, k and v (reverse mode).
@@ -57,6 +58,9 @@ def attention(
         of t equal runs of queries sees the j-th of s equal runs of keys. Written with a row and a column per
         frame, any rule between frames is cheap: queries with equal rows become one unmasked attention over
         the keys they see. Not to be combined with parts or `length`.
+      distinct: int32 scalar: the keys from this one on are equal, and so are their values, as where a text is padded;
+        a kernel may then read the first of them alone, and count it as often. Not to be combined with parts,
+        `length` or `mask`.
       backend: "auto" for the fastest that can run, or the name of one.
 
     Returns:
@@ -67,14 +71,17 @@ def attention(
     """
     if k.ndim == 5 and k.shape[1] == 1:
         k, v = k[:, 0], v[:, 0]
+    if distinct is not None and (k.ndim != 4 or length is not None or mask is not None):
+        raise ValueError("keys of which only some are distinct are [B, K, N, D], without a length or a mask")
     if mask is not None:
         return _block_masked(q, k, v, length, mask, backend)
     if k.ndim == 4 and (chosen := choose_backend(backend, q, k)) in ("hopper", "cudnn"):
         _check(q, k, v, length)
-        if length is not None:
-            length = jnp.asarray(length, jnp.int32)
-        q, k, v, length = _vary_alike(q, k, v, length)
-        return (_hopper_plain if chosen == "hopper" else _cudnn_plain)(q, k, v, length)
+        limits = (x if x is None else jnp.asarray(x, jnp.int32) for x in (length, distinct))
+        q, k, v, length, distinct = _vary_alike(q, k, v, *limits)
+        if chosen == "hopper":
+            return _hopper_plain(q, k, v, length, distinct)
+        return _cudnn_plain(q, k, v, length)
     return attention_with_lse(q, k, v, length=length, backend=backend)[0].astype(q.dtype)
 
 
@@ -253,25 +260,27 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 # --- hopper ---
 
 
-def _hopper(q, k, v, length):
+def _hopper(q, k, v, length, distinct=None):
     from jax_causal import attention_hopper
 
     processors = getattr(jax.local_devices()[0], "core_count", 132)
-    out, lse = attention_hopper.attend(q, k, v, length, no_keys=NO_KEYS, merge=merge, processors=processors)
+    out, lse = attention_hopper.attend(
+        q, k, v, length, distinct=distinct, no_keys=NO_KEYS, merge=merge, processors=processors
+    )
     _, out, lse = _vary_alike(q, out, lse)  # the kernel forgets what varies over a mesh
     return out, lse
 
 
 @jax.custom_vjp
-def _hopper_plain(q, k, v, length):
-    return _hopper(q, k, v, length)[0]
+def _hopper_plain(q, k, v, length, distinct):
+    return _hopper(q, k, v, length, distinct)[0]
 
 
 def _hopper_plain_bwd(residuals, d_out):
     """By cuDNN, whose gradient is a fused kernel too: one forward more is less than what it saves."""
-    q, k, v, length = residuals
+    q, k, v, length, _ = residuals
     _, pullback = jax.vjp(lambda *x: _cudnn_plain(*x, length), q, k, v)
-    return *pullback(d_out), None
+    return *pullback(d_out), None, None
 
 
 _hopper_plain.defvjp(lambda *x: (_hopper_plain(*x), x), _hopper_plain_bwd)

@@ -33,11 +33,15 @@ def supported() -> bool:
     return hasattr(plgpu, "wgmma_accumulator_load")
 
 
-def attend(q, k, v, length, *, no_keys: float, merge, processors: int) -> tuple[jax.Array, jax.Array]:
+def attend(
+    q, k, v, length, *, distinct=None, no_keys: float, merge, processors: int
+) -> tuple[jax.Array, jax.Array]:
     """Attention over the first `length` keys (None for all) and its log-sum-exp.
 
     Takes q [B, T, N, D] and k, v [B, K, N, D] of one 16-bit dtype, D 64 or 128 and K a multiple of 8, and an int32
-    scalar. Keys behind `length` are loaded, and must be finite. `merge` is `attention.merge`.
+    scalar. Keys behind `length` are loaded, and must be finite. `merge` is `attention.merge`. With `distinct`, an int32
+    scalar in the place of `length`, attention is over all keys, of which those from `distinct` on are equal, and so are
+    their values: the first of them stands for all, its weight so many times its own.
 
     Returns:
       out [B, T, N, D] in the dtype of q and lse [B, N, T] in float32, which is `no_keys` where `length` is 0.
@@ -45,8 +49,12 @@ def attend(q, k, v, length, *, no_keys: float, merge, processors: int) -> tuple[
     (B, T, N, _), K = q.shape, k.shape[1]
     plan = Plan.cheapest(T, B * N, K, processors)
     q = jnp.pad(q, ((0, 0), (0, -T % 8), (0, 0), (0, 0)))  # the copy engine wants eights of rows
+    log_times = None
+    if distinct is not None:
+        length = jnp.minimum(distinct + 1, K)
+        log_times = jnp.log(jnp.full((1,), K + 1 - length, jnp.float32))
     length = jnp.full((1,), K if length is None else length, jnp.int32)
-    out, lse, *shared = forward(q, k, v, length, plan=plan, no_keys=no_keys)
+    out, lse, *shared = forward(q, k, v, length, log_times, plan=plan, no_keys=no_keys)
     if plan.shared:
         rows = q.shape[1] - plan.whole * TILE
         outs, lses = merge(*_runs(plan, *(x[:, :, :rows] for x in shared), no_keys))
@@ -76,8 +84,9 @@ def _runs(plan, outs, lses, no_keys):
 
 # Compiled by itself, so that the layers of a model share one kernel: each costs a second.
 @functools.partial(jax.jit, static_argnames=("plan", "no_keys"))
-def forward(q, k, v, length, *, plan: Plan, no_keys: float):
-    """The kernel. T and K are multiples of 8.
+def forward(q, k, v, length, log_times, *, plan: Plan, no_keys: float):
+    """The kernel. T and K are multiples of 8. The last of `length` (int32 [1]) keys stands for as many as `log_times`
+    (float32 [1], or None for one) is the logarithm of.
 
     Returns out [B, T, N, D], undefined where tiles are shared, and lse [B, N, whole * 128] of whole tiles (both smaller
     and undefined where there are none). Of shared ones each run's fp32 out [runs, B, shared * 128, N, D] and lse [runs,
@@ -107,8 +116,9 @@ def forward(q, k, v, length, *, plan: Plan, no_keys: float):
             jax.ShapeDtypeStruct((plan.runs, B, plan.shared * TILE, N, D), jnp.float32),
             jax.ShapeDtypeStruct((plan.runs, B, plan.shared * TILE, N), jnp.float32),
         ]
+    repeats = [] if log_times is None else [log_times]
     return plgpu.kernel(
-        functools.partial(_kernel, plan=plan, no_keys=no_keys),
+        functools.partial(_kernel, plan=plan, no_keys=no_keys, repeats=bool(repeats)),
         out_type=out_type,
         scratch_types=scratch,
         grid=(plan.clusters,),
@@ -120,7 +130,7 @@ def forward(q, k, v, length, *, plan: Plan, no_keys: float):
         # Rows are reduced within a warp, which needs no scratch.
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
         kernel_name="flash_attention_hopper",
-    )(q, k, v, length, jnp.asarray(plan.borders()))
+    )(q, k, v, length, jnp.asarray(plan.borders()), *repeats)
 
 
 def _swizzled(shape, dtype):
@@ -151,9 +161,9 @@ def load(source, smem, ready, free, step, together):
         plgpu.copy_gmem_to_smem(source, smem, ready)
 
 
-def _kernel(
-    q_ref, k_ref, v_ref, length_ref, borders_ref, out_ref, lse_ref, *shared_refs, plan, no_keys, **scratch
-):
+def _kernel(q_ref, k_ref, v_ref, length_ref, borders_ref, *refs, plan, no_keys, repeats, **scratch):
+    log_times_ref, refs = (refs[0], refs[1:]) if repeats else (None, refs)
+    out_ref, lse_ref, *shared_refs = refs
     q_smem, k_smem, v_smem, out_smem, lse_smem = (
         scratch[f"{name}_smem"] for name in ("q", "k", "v", "out", "lse")
     )
@@ -218,9 +228,11 @@ def _kernel(
             rows = pl.ds(first_query(place), ROWS)
             plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], queries, ready)
 
-        def attend_to(index, done, count, valid, ahead):
+        def attend_to(index, done, count, valid, last, ahead):
+            # No key of this step where the end of all keys is another block's.
+            repeated = (length_ref[0] - 1 - last * BLOCK_K, log_times_ref[0]) if repeats else None
             attended = functools.partial(
-                attention_tile.attend, queries, *buffers, done, count, valid, no_keys, ahead
+                attention_tile.attend, queries, *buffers, done, count, valid, repeated, no_keys, ahead
             )
             out, lse = pl.run_scoped(attended, plgpu.ACC((ROWS, queries.shape[1]), jnp.float32))
             place = find(index)
@@ -245,7 +257,7 @@ def _kernel(
                     store(shared_lse.at[place.run, batch, rows, head], lse)
 
         def tile(index, done):
-            place, _, count, valid = walk(index)
+            place, last, count, valid = walk(index)
 
             def ahead():
                 pl.when(index + 1 < tiles)(lambda: load_queries(index + 1))
@@ -253,7 +265,7 @@ def _kernel(
             plgpu.barrier_wait(ready)
             # The last queries of a head may leave one of the two warpgroups without any.
             any_queries = first_query(place) < q_ref.shape[1]
-            pl.when(any_queries)(lambda: attend_to(index, done, count, valid, ahead))
+            pl.when(any_queries)(lambda: attend_to(index, done, count, valid, last, ahead))
             pl.when(jnp.logical_not(any_queries))(lambda: attention_tile.skip(*buffers, done, count, ahead))
             return done + count
 

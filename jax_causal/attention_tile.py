@@ -53,13 +53,15 @@ def gather_warps():
     gather()
 
 
-def attend(q, keys, values, done, count, valid, no_keys, ahead, out_acc):
+def attend(q, keys, values, done, count, valid, repeated, no_keys, ahead, out_acc):
     """One warpgroup over `count` steps of keys, `valid` ones of the first step.
 
     Args:
       q: queries [ROWS, D] in shared memory.
       keys, values: of both the shared memory [stages, BLOCK_K, D] and the barriers of what is ready and free.
       done: steps before these, which used the memory in turn.
+      repeated: None, or a key of the first step that stands for several (one of another step for none), and the
+        logarithm of how many.
       ahead: called once `q` is no longer read.
       out_acc: accumulator [ROWS, D].
 
@@ -91,6 +93,9 @@ def attend(q, keys, values, done, count, valid, no_keys, ahead, out_acc):
     plgpu.barrier_arrive(k_free.at[slot(0)])
     column = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA)
     s = jnp.where(column < valid, s, no_keys)
+    if repeated is not None:
+        key, log_times = repeated
+        s = jnp.where(column == key, s + log_times * math.sqrt(q.shape[1]), s)
     # Below any score, and so far above `no_keys` that what is masked weighs nothing, even where all of it is.
     weights, peak, total, _ = softmax(s, _full(-1e30), _full(0))
     plgpu.barrier_wait(v_ready.at[slot(0)])

@@ -67,6 +67,7 @@ def run(
         (bench.end_to_end, ("warmup", "compile", "end_to_end", "first_frame")),
         (bench.first_frame, tuple(f"first_frame_{part}" for part in FIRST_FRAME)),
         (bench.rollout, ("rollout", "rollout_without_last_context", "rollout_throughput")),
+        (bench.short_prompt, ("rollout_short_prompt",)),
         (bench.decode, ("decode",)),
         (bench.memory, ("peak_memory_all",)),
         (bench.steady_block, ("steady_block",)),
@@ -179,6 +180,11 @@ class _Bench:
             _row("rollout_throughput", speeds, ceilings.product[0] * self.devices / 1e12, "TFLOP/s"),
         ]
 
+    def short_prompt(self, ceilings: Ceilings) -> list[Row]:
+        positions = self.embeds.shape[1]
+        roll = self._roller(np.where(np.arange(positions)[:, None] < positions // 8, self.embeds, 0))
+        return [_row("rollout_short_prompt", [roll()[0] for _ in range(self.repeats)])]
+
     def decode(self, ceilings: Ceilings) -> list[Row]:
         plan = rollout.block_sizes(self.frames, self.spec.sampler)
         blocks = [self._noise(self.spec, start, size)[0] for start, size in plan]
@@ -276,10 +282,10 @@ class _Bench:
             pass
         return time.perf_counter() - begin, first
 
-    def _roller(self) -> Callable[[], tuple[float, float]]:
+    def _roller(self, embeds=None) -> Callable[[], tuple[float, float]]:
         """A function, warm, that rolls out once: seconds, and seconds without the last context pass."""
         spec, plan = self.spec, list(rollout.block_sizes(self.frames, self.spec.sampler))
-        text = rollout.embed_text(spec, self.params, self.embeds)
+        text = rollout.embed_text(spec, self.params, self.embeds if embeds is None else embeds)
         noises = [self._noise(spec, start, size) for start, size in plan]
 
         def roll():
@@ -329,8 +335,7 @@ class _Bench:
 
     def _decode_operations(self) -> Operations:
         """All frames; every chunk but the first costs the same per latent frame."""
-        rest = self._decoding(1, first=False)
-        later = self.frames - 1
+        rest, later = self._decoding(1, first=False), self.frames - 1
         return self._decoding(1, first=True).plus(Operations(later * rest.products, later * rest.attention))
 
 

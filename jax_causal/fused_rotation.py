@@ -24,6 +24,9 @@ from jax_causal import hopper_rows, peer_memory, rope
 from jax_causal.hopper_rows import HEADS, TOKENS
 from jax_causal.peer_memory import Peers, Reach
 
+# Tiles that a block of threads sends: at half of 832 x 480 that is fewer blocks than an H200 has processors.
+GROUP = 5
+
 
 def rotate_into_cache(
     qk,
@@ -140,8 +143,13 @@ def _rotate_kernel(eps, peers, products, scales, factors, written, numbers):
     B, F, m, N, D = v.shape
     travels, ahead = peers is not None and peers.travels, received is not None
     refs = [jax.new_ref(x) for x in (written[0][:, 0], written[1][:, 0], *written[2:])]
-    # Axes of the mesh are seen inside too: no name may be one of theirs.
-    grid = {"kernel_frame": B * F, "kernel_tile": hopper_rows.tiles(m), "kernel_part": 4 if ahead else 3}
+    # What stays on this device, a tile for each block of threads; before them what travels, several tiles for each, so
+    # that one is on its way while the next is made, and few blocks hold processors that wait for the link.
+    tiles = hopper_rows.tiles(m)
+    stays, leaves = ([0, 1, 2], []) if not travels else ([0, 2, 3], [1]) if ahead else ([0], [1, 2])
+    groups = -(-tiles // GROUP)
+    senders = B * F * groups * len(leaves)
+    blocks = senders + B * F * tiles * len(stays)
 
     def kernel(qk_ref, v_ref, *rest):
         received_ref, rest = (rest[0], rest[1:]) if ahead else (None, rest)
@@ -149,64 +157,92 @@ def _rotate_kernel(eps, peers, products, scales, factors, written, numbers):
         there_refs, rest = (rest[:3], rest[3:]) if travels else ((), rest)
         keys_ref, values_ref, *counts_ref, q_ref = rest
         there = _There(peers, *there_refs, keys_ref, values_ref, *counts_ref) if travels else None
-        index, tile, part = (lax.axis_index(name) for name in grid)
-        batch, frame = lax.div(index, F), lax.rem(index, F)
-        tokens = hopper_rows.tile(tile, m)
-        place = _Places(peers, m, batch, slots_ref[frame], tokens, there)
+        block = lax.axis_index("kernel_block")  # axes of the mesh are seen inside too: none has this name
 
-        @pl.when(part < 2)
-        def _rotate():
+        def place(index, tokens):
+            return _Places(peers, m, lax.div(index, F), slots_ref[lax.rem(index, F)], tokens, there)
+
+        def rotated(index, tokens, part):
             x = hopper_rows.load32(qk_ref.at[index, tokens, part], HEADS)
             inverse = lax.rsqrt(jnp.sum(jnp.sum(x * x, axis=2), axis=1) / (N * D) + eps)
             q_scale, k_scale = (
                 hopper_rows.load32(ref, HEADS.reduce(0)) for ref in (q_scale_ref, k_scale_ref)
             )
-            of_k = part.astype(jnp.float32)  # 0 or 1; no number chooses between arrays here
+            of_k = jnp.asarray(part, jnp.float32)  # 0 or 1; no number chooses between arrays here
             scale = q_scale * (1 - of_k) + k_scale * of_k
             x = x * hopper_rows.spread(inverse, x, 0) * hopper_rows.spread(scale, x, 1, 2)
             cos, sin = (
-                hopper_rows.load32(factors_ref.at[i, frame, tokens], HEADS.reduce(1)) for i in range(2)
+                hopper_rows.load32(factors_ref.at[i, lax.rem(index, F), tokens], HEADS.reduce(1))
+                for i in range(2)
             )
             turned = hopper_rows.swap_pairs(x) * hopper_rows.spread(sin, x, 0, 2)
-            x = (x * hopper_rows.spread(cos, x, 0, 2) + turned).astype(v.dtype)
+            return (x * hopper_rows.spread(cos, x, 0, 2) + turned).astype(v.dtype)
 
-            @pl.when(part == 0)
-            def _query():
-                q_ref[index, tokens] = x
+        def stay():
+            number = block - senders
+            index, rest = lax.div(number, tiles * len(stays)), lax.rem(number, tiles * len(stays))
+            tokens = hopper_rows.tile(lax.div(rest, len(stays)), m)
+            part = lax.rem(rest, len(stays))  # of `stays`
 
-            @pl.when(part == 1)
-            def _key():
-                place.everywhere(keys_ref, x)
+            @pl.when(part < 1 + (1 in stays))
+            def _rotate():
+                x = rotated(index, tokens, part)
 
-        @pl.when(part == 2)
-        def _value():
-            x = hopper_rows.load(v_ref.at[index, tokens], HEADS)
+                @pl.when(part == 0)
+                def _query():
+                    q_ref[index, tokens] = x
+
+                if 1 in stays:
+
+                    @pl.when(part == 1)
+                    def _key():
+                        place(index, tokens).at_home(keys_ref, x)
+
+            if 2 in stays:
+
+                @pl.when(part == stays.index(2))
+                def _value():
+                    x = hopper_rows.load(v_ref.at[index, tokens], HEADS)
+                    place(index, tokens).at_home(values_ref, x)
+
             if ahead:
-                place.here(values_ref, x, there.me)
-            else:
-                place.everywhere(values_ref, x)
 
-        if ahead:
+                @pl.when(part == 2)
+                def _received():
+                    x = hopper_rows.load(received_ref.at[index, tokens], HEADS)
+                    place(index, tokens).here(values_ref, x, 1 - there.me)
 
-            @pl.when(part == 3)
-            def _received():
-                x = hopper_rows.load(received_ref.at[index, tokens], HEADS)
-                place.here(values_ref, x, 1 - there.me)
+        def leave(outbox):
+            which, number = lax.rem(block, len(leaves)), lax.div(block, len(leaves))
+            index, first = lax.div(number, groups), lax.rem(number, groups) * GROUP
 
+            @pl.loop(0, jnp.minimum(tiles - first, GROUP))
+            def _tile(i):
+                tokens = hopper_rows.tile(first + i, m)
+                to_all = functools.partial(place(index, tokens).everywhere, outbox.at[i])
+                pl.when(which == 0)(lambda: to_all(keys_ref, rotated(index, tokens, 1)))
+                if len(leaves) > 1:
+                    pl.when(which == 1)(
+                        lambda: to_all(values_ref, hopper_rows.load(v_ref.at[index, tokens], HEADS))
+                    )
+
+            peer_memory.wait_for_sent()
+            there.count_one()
+
+        pl.when(block >= senders)(stay)
         if travels:
-            last = [lax.axis_index(name) == size - 1 for name, size in grid.items()]
+            pl.when(block < senders)(lambda: peer_memory.with_outbox(leave, (GROUP, TOKENS, N, D), v.dtype))
 
             # The kernel ends when all that the others write to this device's cache is there.
-            @pl.when(last[0] & last[1] & (part == 0))
+            @pl.when(block == blocks - 1)
             def _wait():
                 there.check()
-                pieces = (1 if ahead else 2) * grid["kernel_frame"] * grid["kernel_tile"]
-                peer_memory.wait_for_count(there.count, pieces * (peers.count - 1))
+                peer_memory.wait_for_count(there.count, senders * (peers.count - 1))
 
     q = hopper_rows.launch(
         kernel,
         jax.ShapeDtypeStruct((B * F, m, N, D), v.dtype),
-        grid,
+        {"kernel_block": blocks},
         "rotate_into_caches" if peers and peers.count > 1 else "rotate_into_cache",
     )(
         qk.reshape(B * F, m, 2, N, D),
@@ -229,9 +265,9 @@ class _There:
         self.count, self.addresses, self.peers = counts.at[layer], addresses, peers
         self.arrays = ((keys, layer), (values, layers + layer), (counts, 2 * layers))
 
-    def send(self, x, ref, here):
-        """Writes x to `here` in `ref`, one of the arrays, of all devices."""
-        peer_memory.send(x, ref.at[here], *self._addresses(ref))
+    def send(self, x, outbox, ref, here):
+        """Begins to write x to `here` in `ref`, one of the arrays, of all devices."""
+        peer_memory.send(x, outbox, ref.at[here], *self._addresses(ref))
 
     def count_one(self):
         """On every peer."""
@@ -274,11 +310,14 @@ class _Places:
         """Writes x of the device `share` to this device's cache `ref`."""
         self._at(share, lambda here: ref.__setitem__(here, x))
 
-    def everywhere(self, ref, x):
-        """Writes this device's x to its cache `ref` and to that of every peer, which counts it."""
-        if not self.there:
+    def at_home(self, ref, x):
+        """Writes this device's x to its own cache `ref`; to the places of all where these are not there."""
+        if self.there:
+            self.here(ref, x, self.there.me)
+        else:
             for share in range(self.count):
                 self.here(ref, x, share)
-            return
-        self._at(self.there.me, lambda here: self.there.send(x, ref, here))
-        self.there.count_one()
+
+    def everywhere(self, outbox, ref, x):
+        """Begins to write this device's x to its cache `ref` and to that of every peer."""
+        self._at(self.there.me, lambda here: self.there.send(x, outbox, ref, here))

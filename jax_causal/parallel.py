@@ -96,8 +96,9 @@ class Parallel(Protocol):
         """Rotates q and k, then attends; `frame_mask` bool [F, F] says which frames see which (None: all).
         `tokens` is S without whatever padding `to_tokens` added."""
 
-    def attend_text(self, q, k, v):
-        """Attends from q [B, F, S, N, D] to text k, v [B, text, N, D]: no rotation, no mask."""
+    def attend_text(self, q, k, v, distinct):
+        """Attends from q [B, F, S, N, D] to text k, v [B, text, N, D]: no rotation, no mask. From the int32 scalar
+        `distinct` on, keys are equal, and values too."""
 
     def constrain(self, x, names):
         """`x` laid out by the logical names of its axes; a hint to the partitioner."""
@@ -192,8 +193,8 @@ class SingleDevice:
         out = attention(_tokens(q), _tokens(k), _tokens(v), mask=frame_mask, backend=self.backend)
         return out.reshape(q.shape)
 
-    def attend_text(self, q, k, v):
-        return attention(_tokens(q), k, v, backend=self.backend).reshape(q.shape)
+    def attend_text(self, q, k, v, distinct):
+        return attention(_tokens(q), k, v, distinct=distinct, backend=self.backend).reshape(q.shape)
 
     def constrain(self, x, names):
         return x

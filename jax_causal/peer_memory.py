@@ -131,34 +131,45 @@ def store_address(out, ref):
     store(out, ref)
 
 
-def send(x, ref, own, others):
-    """Writes `x` to `ref`, of its shape and dtype and without gaps in memory: a stretch of this device's array at the
-    address `own`; and to the same stretch of those at the addresses `others`, int32 [2] each. By the copy engine of the
-    processor; all of it is there when this returns. Once in a block of threads."""
+def with_outbox(body, shape, dtype):
+    """Calls `body` with shared memory of this shape, for `send`. Once in a block of threads."""
+    pl.run_scoped(body, plgpu.SMEM(shape, dtype))
 
-    def through(smem):
-        smem[...] = x
-        plgpu.commit_smem()
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (3 + len(others)))
-        def copy(ctx, smem, ref, own, *others):
-            size = mgpu.c(x.size * x.dtype.itemsize, ir.IntegerType.get_signless(32))
-            source = mgpu_utils.memref_ptr(smem)
-            with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
-                for target in (*(_there(ref, own, other) for other in others), mgpu_utils.memref_ptr(ref)):
-                    llvm.inline_asm(
-                        ir.Type.parse("!llvm.void"),
-                        [target, source, size],
-                        "cp.async.bulk.global.shared::cta.bulk_group [$0], [$1], $2;",
-                        "l,l,r",
-                        has_side_effects=True,
-                    )
-                nvvm.cp_async_bulk_commit_group()
-                nvvm.cp_async_bulk_wait_group(0)
+def send(x, outbox, ref, own, others):
+    """Begins to write `x` to `ref`, of its shape and dtype and without gaps in memory: a stretch of this device's array
+    at the address `own`; and to the same stretch of those at the addresses `others`, int32 [2] each. By the copy engine
+    of the processor, from `outbox`, which nothing else may use until `wait_for_sent` returns."""
+    outbox[...] = x
+    plgpu.commit_smem()
 
-        copy(smem, ref, own, *others)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (3 + len(others)))
+    def copy(ctx, outbox, ref, own, *others):
+        size = mgpu.c(x.size * x.dtype.itemsize, ir.IntegerType.get_signless(32))
+        source = mgpu_utils.memref_ptr(outbox)
+        with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
+            for target in (*(_there(ref, own, other) for other in others), mgpu_utils.memref_ptr(ref)):
+                llvm.inline_asm(
+                    ir.Type.parse("!llvm.void"),
+                    [target, source, size],
+                    "cp.async.bulk.global.shared::cta.bulk_group [$0], [$1], $2;",
+                    "l,l,r",
+                    has_side_effects=True,
+                )
+            nvvm.cp_async_bulk_commit_group()
 
-    pl.run_scoped(through, plgpu.SMEM(x.shape, x.dtype))
+    copy(outbox, ref, own, *others)
+
+
+def wait_for_sent():
+    """Waits until all is there that this block of threads has begun to send."""
+
+    @plgpu.inline_mgpu()
+    def wait(ctx):
+        # All but the thread that has begun it have nothing to wait for; `count_one` has all wait for that one.
+        nvvm.cp_async_bulk_wait_group(0)
+
+    wait()
 
 
 # Counts are int32 [] in global memory. Semaphores of Pallas would do, but each kernel has its own.

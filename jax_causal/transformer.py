@@ -26,10 +26,20 @@ from jax_causal.transformer_layers import ACTIVATION, MLP, Block, Head, gelu
 
 
 class TextKV(NamedTuple):
-    """Cross-attention keys and values of all layers, fixed for a prompt: [L, B, text, N, D] or tuples over L."""
+    """Cross-attention keys and values of all layers, fixed for a prompt.
+
+    Attributes:
+      k, v: [L, B, text, N, D], or tuples over L.
+      distinct: int32 scalar: keys from this one on are equal, and values too, in every layer. They are of padding.
+    """
 
     k: jax.Array | tuple[jax.Array, ...]
     v: jax.Array | tuple[jax.Array, ...]
+    distinct: jax.Array
+
+    def layer(self, index: int):
+        """What one layer attends to, where layers are unrolled."""
+        return self.k[index], self.v[index], self.distinct
 
 
 class CausalDiT(nnx.Module):
@@ -78,12 +88,14 @@ class CausalDiT(nnx.Module):
                 f"prompt embeddings must be [B, at most {length}, {width}], not {list(context.shape)}"
             )
         context = jnp.pad(context, ((0, 0), (0, length - context.shape[1]), (0, 0)))
+        distinct = jnp.max(jnp.where((context != 0).any((0, 2)), jnp.arange(1, length + 1), 0))
         text = self.text_embedding(context.astype(self.text_embedding.fc1.kernel.dtype))
         if isinstance(self.blocks, nnx.List):
-            return TextKV(*zip(*(block.cross_attn.key_value(text) for block in self.blocks), strict=True))
+            pairs = (block.cross_attn.key_value(text) for block in self.blocks)
+            return TextKV(*zip(*pairs, strict=True), distinct)
         graphdef, stacked = nnx.split(self.blocks.cross_attn)
         pair = jax.lax.map(lambda layer: nnx.merge(graphdef, layer).key_value(text), stacked)
-        return TextKV(*pair)
+        return TextKV(*pair, distinct)
 
     # The forwards.
 
@@ -211,9 +223,7 @@ class CausalDiT(nnx.Module):
         pending = None
         for layer, block in enumerate(self.blocks):
             attend_here = functools.partial(attend, layer=layer, cache=carry)
-            x, pending, carry = block.fused(
-                x, pending, e0, text.k[layer], text.v[layer], attend_here, parallel
-            )
+            x, pending, carry = block.fused(x, pending, e0, text.layer(layer), attend_here, parallel)
         out, (param, row) = pending
         return x + (param[row] + e0[:, :, row])[:, :, None] * out, e, carry
 
@@ -221,25 +231,25 @@ class CausalDiT(nnx.Module):
         """Embeddings and all blocks: (x [B, F, S, E], e [B, F, E], carry)."""
         x, e, e0 = self._embed(x, t, parallel)
 
-        def step(block, x, carry, k, v, layer):
-            return block(x, e0, k, v, lambda q, k, v: attend(q, k, v, layer, carry), parallel)
+        def step(block, x, carry, text, layer):
+            return block(x, e0, text, lambda q, k, v: attend(q, k, v, layer, carry), parallel)
 
         if isinstance(self.blocks, nnx.List):
             for layer, block in enumerate(self.blocks):
                 run = functools.partial(step, block, layer=layer)
                 run = jax.checkpoint(run) if self.remat else run
-                x, carry = run(x, carry, text.k[layer], text.v[layer])
+                x, carry = run(x, carry, text.layer(layer))
             return x, e, carry
 
         graphdef, stacked = nnx.split(self.blocks)
 
         def body(state, layer):
             params, k, v, index = layer
-            return step(nnx.merge(graphdef, params), *state, k, v, index), None
+            return step(nnx.merge(graphdef, params), *state, (k, v, text.distinct), index), None
 
         if self.remat:
             body = jax.checkpoint(body, prevent_cse=False)  # a scan keeps the two passes apart by itself
-        layers = (stacked, *text, jnp.arange(self.config.num_layers))
+        layers = (stacked, text.k, text.v, jnp.arange(self.config.num_layers))
         (x, carry), _ = jax.lax.scan(body, (x, carry), layers)
         return x, e, carry
 

@@ -131,12 +131,12 @@ class Block(nnx.Module):
         self.ffn = MLP((dim, config.ffn_dim, dim), gelu, rngs)
         self.eps = config.eps
 
-    def __call__(self, x, time, text_k, text_v, attend, parallel: Parallel):
+    def __call__(self, x, time, text, attend, parallel: Parallel):
         """Runs the block on x [B, F, S, E].
 
         Args:
           time: per-frame modulation [B, F, 6, E].
-          text_k, text_v: [B, text, N, D].
+          text: keys and values [B, text, N, D] and `distinct` of `Parallel.attend_text`.
           attend: (q, k, v) -> (out, carry): self-attention and whatever state it updates.
 
         Returns:
@@ -149,14 +149,14 @@ class Block(nnx.Module):
             out, carry = attend(*self.self_attn.query_key_value(y))
             x = parallel.constrain(x + gate1 * self.self_attn.output(out), ACTIVATION)
         with jax.named_scope("cross_attention"):
-            out = parallel.attend_text(self.cross_attn.query(self.norm3(x)), text_k, text_v)
+            out = parallel.attend_text(self.cross_attn.query(self.norm3(x)), *text)
             x = parallel.constrain(x + self.cross_attn.output(out), ACTIVATION)
         with jax.named_scope("mlp"):
             y = layer_norm(x, self.eps) * (1 + scale2) + shift2
             x = parallel.constrain(x + gate2 * self.ffn(y), ACTIVATION)
         return x, carry
 
-    def fused(self, x, pending, time, text_k, text_v, attend, parallel: Parallel):
+    def fused(self, x, pending, time, text, attend, parallel: Parallel):
         """`__call__` by `Parallel.add_norm`, with the last sum left to the next block.
 
         `pending` is the block before's, None for the first; `attend` is (projections, y) -> (out, carry).
@@ -174,7 +174,7 @@ class Block(nnx.Module):
             out = self.self_attn.output(out)
         with jax.named_scope("cross_attention"):
             x, y = norm(x, out, (own, 2), affine, rows=None)
-            x = x + self.cross_attn.output(parallel.attend_text(self.cross_attn.query(y), text_k, text_v))
+            x = x + self.cross_attn.output(parallel.attend_text(self.cross_attn.query(y), *text))
         with jax.named_scope("mlp"):
             x, y = norm(x, None, None, own, rows=Rows(scale=4, shift=3))
             return x, (self.ffn(y), (own, 5)), carry

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jax_causal import rollout, transformer
 from jax_causal.rollout import RolloutSpec
+from jax_causal.transformer import TextKV
 from sharding.hlo import Program
 
 
@@ -39,12 +40,12 @@ def compile_block(spec: RolloutSpec, dtype, batch: int = 1) -> CompiledBlock:
     """
     arguments = abstract_block(spec, dtype, batch)
     compiled = rollout.denoise_block.lower(spec, *arguments).compile()
-    weights, cache, text, noise, renoise, _ = map(device_bytes, arguments)
+    params, cache, text, noise, renoise, _ = arguments
     memory = {
-        "weights": weights,
-        "text_kv": text,
-        "cache": cache,
-        "latents": noise + renoise,
+        "weights": device_bytes(params),
+        "text_kv": device_bytes((text.k, text.v)),
+        "cache": device_bytes(cache),
+        "latents": device_bytes((noise, renoise)),
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
     }
     return CompiledBlock(Program(compiled.as_text()), memory)
@@ -66,7 +67,8 @@ def abstract_block(spec: RolloutSpec, dtype, batch: int = 1) -> tuple:
     cache = _with(cache, parallel.cache_sharding(stacked=stacked))
     embeds = jax.ShapeDtypeStruct((batch, config.text_length, config.text_dim), dtype)
     text = jax.eval_shape(functools.partial(rollout.embed_text, spec), params, embeds)
-    text = laid_out(text, *(["layers"] if stacked else []), "batch")
+    names = (*(["layers"] if stacked else []), "batch")
+    text = TextKV(laid_out(text.k, *names), laid_out(text.v, *names), laid_out(text.distinct))
 
     height, width = (side * config.patch_size for side in spec.grid)
     latent = jax.ShapeDtypeStruct((batch, frames, config.in_channels, height, width), dtype)

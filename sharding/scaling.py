@@ -3,8 +3,8 @@
 Measured are the rows of `bench` for one device and for every strategy that the devices and heads allow, and from a
 profile, on GPUs, how much of its collectives each hides behind computation. The projection takes the time of one
 device's share of the rollout, run alone (`sharding.share`), and adds the strategy's collectives by latency and
-bandwidth. It is made for the devices that are there too, beside the measurement, and calibrated on it: of the sending,
-the part that shows there is counted.
+bandwidth. Where a strategy was measured, its projection is made for the devices that are there too, beside the
+measurement, and calibrated on it: of the sending, the part that shows there is counted.
 """
 
 from __future__ import annotations
@@ -56,6 +56,11 @@ class Way:
     def options(self) -> dict[str, bool | int]:
         """Of `SequenceParallel` and `Sharded`."""
         return {"direct": self.direct, "overlap": self.overlap, "parts": self.parts}
+
+    @property
+    def is_form(self) -> bool:
+        """Whether it is another form of a strategy than that which is used."""
+        return self.label != self.strategy.name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,8 +187,7 @@ class Scaling:
         """A way of running on the devices: of forms of a strategy the rollout alone, for they decode alike."""
         self.progress(f"{way.label} on {len(devices)} devices")
         parallel = SequenceParallel(devices, way.strategy.name, **way.options)
-        form = way.label != way.strategy.name and "rollout" in self.rows
-        rows = ("rollout",) if form else self.rows
+        rows = ("rollout",) if way.is_form and "rollout" in self.rows else self.rows
         return Measured(way, self._rows(parallel, (*rows, *COMMUNICATION)))
 
     def link(self, devices: Sequence[jax.Device]) -> tuple[Link, str]:

@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> None:
     )
     only = None if args.strategy in (None, "auto") else args.strategy
     here = scaling.ways(len(devices), only) if len(devices) > 1 else []
-    there = scaling.ways(args.project, only) if args.project not in (0, len(devices)) else []
+    there = scaling.ways(args.project, only) if args.project else []
+    there = {_kind(way): way for way in there if not way.is_form}
     measured, projections = [], []
     record = job.facts() | {
         "frames": inputs["num_frames"],
@@ -78,13 +79,14 @@ def run(args: argparse.Namespace) -> None:
         "link_latency_s": link.latency,
         "link_bandwidth_bytes_per_s": link.bandwidth,
     }
-    if args.project:
-        for one in measured[1:]:
+    for one in measured[1:]:
+        if _kind(one.way) in there:
             projections.append(scaling.project(one.way, link, measured=one))
             keep()
-        like = {_kind(projection.way): projection for projection in projections}
-        for way in there:
-            projections.append(scaling.project(way, link, calibration=like.get(_kind(way))))
+    like = {_kind(projection.way): projection for projection in projections}
+    for kind, way in there.items():
+        if args.project != len(devices):
+            projections.append(scaling.project(way, link, calibration=like.get(kind)))
             keep()
     keep(last=True)
     if args.json != "-":

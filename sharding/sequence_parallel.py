@@ -298,10 +298,10 @@ class Sharded:
         spec = self._spec(QKV)
         return self._shard_map(body, (spec, spec, spec, self._spec(TABLE)), spec)(q, k, v, table)
 
-    def attend_text(self, q, k, v):
+    def attend_text(self, q, k, v, distinct):
         spec, text = self._spec(QKV), self._spec(("batch",))
         body = SingleDevice(backend=self.backend).attend_text
-        return self._shard_map(body, (spec, text, text), spec)(q, k, v)
+        return self._shard_map(body, (spec, text, text, P()), spec)(q, k, v, distinct)
 
     def _spec(self, names) -> P:
         return self.rules.spec(names)

@@ -127,7 +127,13 @@ def machine(monkeypatch):
     def store_address(out, ref):
         out.array[...] = machine.address(ref.array)
 
-    def send(x, ref, own, others):
+    def with_outbox(body, shape, dtype):
+        body(_Ref(np.zeros(shape, dtype)))
+
+    def send(x, outbox, ref, own, others):
+        assert (outbox.shape, outbox.array.dtype) == (x.shape, x.dtype)
+        assert not np.any(outbox.array)  # or what was there may not have been sent yet
+        outbox.array[...] = 1
         for part in (ref.array, *(machine.peer("write", ref, own, other) for other in others)):
             assert (part.shape, part.dtype) == (x.shape, x.dtype)
             part[...] = x
@@ -148,6 +154,12 @@ def machine(monkeypatch):
     def spread(x, like, *axes):
         return jax.lax.broadcast_in_dim(x, like.shape, axes)
 
+    def wait_for_sent():
+        machine.order.append(("sent", machine.device))
+
+    def loop(start, stop):
+        return lambda body: [body(jnp.int32(i)) for i in range(int(start), int(stop))]
+
     def when(condition):
         return lambda run: run() if condition else None
 
@@ -159,7 +171,8 @@ def machine(monkeypatch):
         jax.lax, "axis_index", lambda name: jnp.int32(machine.device if name == machine.axis else place[name])
     )
     monkeypatch.setattr(plgpu, "remote_ref", remote, raising=False)
-    for function in (store_address, send, count_one, wait_for_count, expect_at):
+    monkeypatch.setattr(pl, "loop", loop)
+    for function in (with_outbox, wait_for_sent, store_address, send, count_one, wait_for_count, expect_at):
         monkeypatch.setattr(peer_memory, function.__name__, function)
     monkeypatch.setattr(pl, "when", when)
     with jax.disable_jit():

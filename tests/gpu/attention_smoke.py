@@ -116,6 +116,19 @@ def gradients(backend, q, k):
     return f"error {error:.1e}", error < 4 * TOLERANCE[q.dtype.name]
 
 
+def equal_keys(backend, q, k):
+    """All but the first keys are equal, and said to be: every count of them, at the borders of steps too."""
+    q, *kv = random(q, k, k)
+    run = jax.jit(lambda q, k, v, distinct: attention(q, k, v, distinct=distinct, backend=backend))
+    error = 0
+    for distinct in (0, 1, 60, 127, 128, 129, k.shape[1] - 1, k.shape[1]):
+        k, v = (x[:, np.minimum(np.arange(x.shape[1]), distinct)] for x in kv)
+        rows = np.linspace(0, q.shape[1] - 1, 24).astype(int)
+        expected, _ = reference(q[:, rows], *(x[:, None] for x in (k, v)), None)
+        error = max(error, relative_norm(run(q, k, v, jnp.int32(distinct))[:, rows], expected))
+    return f"error {error:.1e}", error < TOLERANCE[q.dtype.name]
+
+
 def no_keys(backend, q, k):
     """A part without keys must come back finite, with the statistic that gives it no weight."""
     q, k, v = random(q, k, k)
@@ -155,6 +168,7 @@ def jobs():
         yield f"gradients, 1 parts, {dtype}", gradients, one
         yield f"gradients, 2 parts, {dtype}", gradients, two
         yield f"no keys, {dtype}", no_keys, plain
+        yield f"equal keys, {dtype}", equal_keys, plain
         yield f"shard_map, {dtype}", inside_shard_map, two
 
 

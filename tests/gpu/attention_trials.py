@@ -1,10 +1,10 @@
 """Times attention over a text and over the past by the Hopper kernel, in variants, and by cuDNN, on an H100 or H200:
 
-    PYTHONPATH=. python tests/gpu/attention_trials.py                # all variants, less than 120 s
+    PYTHONPATH=. python tests/gpu/attention_trials.py                # all variants, less than 150 s
     PYTHONPATH=. python tests/gpu/attention_trials.py present cuDNN  # these, one after another
     PYTHONPATH=. python tests/gpu/attention_trials.py --compile      # only compiles, for the description of an H200
 
-Every variant runs in a process of its own, which is ended after 20 s, and none is begun after 90 s. A line for each
+Every variant runs in a process of its own, which is ended after 40 s, and none is begun after 110 s. A line for each
 case: microseconds of a call, in a row of dependent calls after a quarter of a second of such load; its speed; the
 relative Euclidean error against float32, of every ninth query, of all and of the worst of a head. "present" is the
 kernel as it is, "stages3" copies keys and values three steps ahead. "no-copy" is wrong: it shows what the kernel would
@@ -36,12 +36,17 @@ PROCESSORS, ROWS, HEADS, HEAD_DIM = 132, 4680, 12, 128
 HALF = 2352  # rows of one of two devices
 DTYPE = jnp.bfloat16
 SETS = 4  # of keys, which take turns, so that they come from memory as in a model
-TOTAL_S, CHILD_S, REFERENCE_S = 110, 20, 30
+TOTAL_S, CHILD_S, REFERENCE_S = 150, 40, 40
 CHECKED = slice(None, None, 9)  # queries: some of every tile, in every row of one
 WARM_S, REPEATS, REPEAT_S = 0.25, 5, 0.02
-# name: queries, keys, how many of these are valid, calls in a row
+TEXT = 512  # keys of a text, of which those behind a prompt are equal
+# name: queries, keys, how many of these are valid, or distinct in a text; calls in a row
 CASES = {
-    "text": (ROWS, 512, 512, 30),
+    "text": (ROWS, TEXT, TEXT, 30),
+    "text of 200": (ROWS, TEXT, 200, 30),
+    "text of 60": (ROWS, TEXT, 60, 30),
+    "half, text": (HALF, TEXT, TEXT, 30),
+    "half, text 60": (HALF, TEXT, 60, 30),
     "self, block 1": (ROWS, 7 * ROWS, ROWS, 12),
     "self, block 4": (ROWS, 7 * ROWS, 4 * ROWS, 6),
     "self, block 7": (ROWS, 7 * ROWS, 7 * ROWS, 6),
@@ -53,11 +58,12 @@ CASES = {
 
 def hopper(q, k, v, length):
     how = {"no_keys": attention.NO_KEYS, "merge": attention.merge, "processors": PROCESSORS}
-    return attention_hopper.attend(q, k, v, length, **how)[0]
+    limit = {"distinct": length} if k.shape[1] == TEXT else {}
+    return attention_hopper.attend(q, k, v, None if limit else length, **limit, **how)[0]
 
 
 def cudnn(q, k, v, length):
-    return attention._cudnn_plain(q, k, v, None if k.shape[1] == 512 else length)
+    return attention._cudnn_plain(q, k, v, None if k.shape[1] == TEXT else length)
 
 
 def as_it_is():
@@ -104,7 +110,10 @@ def _is_shape(x):
 def random(case):
     leaves, tree = jax.tree.flatten(shapes(case))
     keys = jax.random.split(jax.random.key(0, impl="rbg"), len(leaves))
-    return tree.unflatten([jax.random.normal(k, s.shape, s.dtype) for k, s in zip(keys, leaves, strict=True)])
+    q, *kv = [jax.random.normal(k, s.shape, s.dtype) for k, s in zip(keys, leaves, strict=True)]
+    if CASES[case][1] == TEXT:
+        kv = [x[:, np.minimum(np.arange(TEXT), CASES[case][2])] for x in kv]
+    return tree.unflatten([q, *kv])
 
 
 def chain(call, calls):
@@ -132,10 +141,10 @@ def errors(actual, expected):
 def write_references(folder):
     with jax.default_matmul_precision("highest"):
         exact = jax.jit(lambda q, k, v, n: attention.attention(q, k, v, length=n, backend="xla"))
-        for case, (*_, valid, _) in CASES.items():
+        for case, (_, keys, valid, _) in CASES.items():
             q, sets = random(case)
             q, k, v = (x.astype(jnp.float32) for x in (q[:, CHECKED], *sets[0]))
-            np.save(folder / f"{case}.npy", exact(q, k, v, jnp.int32(valid)))
+            np.save(folder / f"{case}.npy", exact(q, k, v, jnp.int32(TEXT if keys == TEXT else valid)))
 
 
 def measure(name, case, folder):

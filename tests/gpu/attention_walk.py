@@ -8,7 +8,6 @@ rescaled or loaded while a product goes on, so what a warpgroup does with a tile
 each case, and exits with 1 if one is wrong.
 """
 
-import functools
 import os
 import sys
 
@@ -25,15 +24,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_causal import attention, attention_hopper, attention_tile
 from jax_causal.attention_plan import Plan
 
-# queries, heads, keys, how many of these are valid, and the plan
+# queries, heads, keys, how many of these are valid or distinct, and the plan
 CASES = [
-    (320, 3, 640, 600, Plan(tiles=3, heads=3, shared=3, clusters=2)),
-    (600, 3, 768, 700, Plan(tiles=5, heads=3, shared=2, clusters=3)),
-    (384, 2, 512, 300, Plan(tiles=3, heads=2, shared=0, clusters=2)),
+    (320, 3, 640, {"length": 600}, Plan(tiles=3, heads=3, shared=3, clusters=2)),
+    (600, 3, 768, {"length": 700}, Plan(tiles=5, heads=3, shared=2, clusters=3)),
+    (384, 2, 512, {"length": 300}, Plan(tiles=3, heads=2, shared=0, clusters=2)),
+    (384, 2, 512, {"distinct": 100}, Plan(tiles=3, heads=2, shared=0, clusters=2)),
+    (320, 3, 640, {"distinct": 300}, Plan(tiles=3, heads=3, shared=3, clusters=2)),
 ]
 
 
-def attend_tile(q, keys, values, done, count, valid, no_keys, ahead, out_acc):
+def attend_tile(q, keys, values, done, count, valid, repeated, no_keys, ahead, out_acc):
     """`attention_tile.attend`, one product after another."""
     (k_smem, k_ready, k_free), (v_smem, v_ready, v_free) = keys, values
 
@@ -45,6 +46,9 @@ def attend_tile(q, keys, values, done, count, valid, no_keys, ahead, out_acc):
         plgpu.barrier_arrive(k_free.at[slot])
         column = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
         scores = jnp.where((column < valid) | (i > 0), scores, no_keys)
+        if repeated is not None:
+            key, log_times = repeated
+            scores = jnp.where((column == key) & (i == 0), scores + log_times, scores)
         new_peak = jnp.maximum(peak, scores.max(axis=1))
         weights, shrink = jnp.exp(scores - new_peak[:, None]), jnp.exp(peak - new_peak)
         plgpu.barrier_wait(v_ready.at[slot])
@@ -67,7 +71,7 @@ def load(source, smem, ready, free, step, together):
     plgpu.copy_gmem_to_smem(source, smem.at[slot], ready.at[slot])
 
 
-def check(queries, heads, keys, length, plan) -> bool:
+def check(queries, heads, keys, limit, plan) -> bool:
     attention_hopper.load, attention_tile.attend = load, attend_tile
     attention_tile.gather_warps = lambda: None  # here a warpgroup is one thread
     plgpu.set_max_registers = lambda *args, **kwargs: None
@@ -76,14 +80,19 @@ def check(queries, heads, keys, length, plan) -> bool:
         jax.random.normal(jax.random.key(i), (1, n, heads, 64), jnp.bfloat16)
         for i, n in enumerate((queries, keys, keys))
     )
-    attend = functools.partial(
-        attention_hopper.attend, no_keys=attention.NO_KEYS, merge=attention.merge, processors=132
-    )
+    limit = {name: jnp.int32(number) for name, number in limit.items()}
+    if "distinct" in limit:
+        k, v = (x[:, jnp.minimum(jnp.arange(keys), limit["distinct"])] for x in (k, v))
+
+    def attend(q, k, v, length=None, distinct=None):
+        how = {"no_keys": attention.NO_KEYS, "merge": attention.merge, "processors": 132}
+        return attention_hopper.attend(q, k, v, length, distinct=distinct, **how)
+
     # As one program: what is dispatched beside it can take the last thread that it waits for.
     with interpreter.force_gpu_interpret_mode(interpreter.InterpretGPUParams()):
-        out, lse = jax.block_until_ready(jax.jit(attend)(q, k, v, jnp.int32(length)))
+        out, lse = jax.block_until_ready(jax.jit(attend)(q, k, v, **limit))
     right, right_lse = attention.attention_with_lse(
-        *(x.astype(jnp.float32) for x in (q, k, v)), length=jnp.int32(length), backend="xla"
+        *(x.astype(jnp.float32) for x in (q, k, v)), length=limit.get("length"), backend="xla"
     )
     error = np.linalg.norm(np.float32(out) - right) / np.linalg.norm(right)
     lse_error = np.abs(lse - right_lse).max()

@@ -334,9 +334,15 @@ def test_cudnn_statistic_is_float32(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("T", "K", "D", "parts"), [(4680, 32760, 128, None), (585, 1000, 64, 2), (4680, 512, 128, None)]
+    ("T", "K", "D", "parts", "limit"),
+    [
+        (4680, 32760, 128, None, "length"),
+        (585, 1000, 64, 2, "length"),
+        (4680, 512, 128, None, "length"),
+        (4680, 512, 128, None, "distinct"),
+    ],
 )
-def test_hopper_kernel_lowers_for_a_gpu(monkeypatch, T, K, D, parts):
+def test_hopper_kernel_lowers_for_a_gpu(monkeypatch, T, K, D, parts, limit):
     monkeypatch.setattr(attn, "_device", lambda: H200)
     keys = (1, K, 12, D) if parts is None else (1, parts, K, 12, D)
     q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, T, 12, D), keys))
@@ -344,7 +350,7 @@ def test_hopper_kernel_lowers_for_a_gpu(monkeypatch, T, K, D, parts):
 
     def layers(q, k, v, length):
         for _ in range(3):
-            q = attention(q, k, v, length=length, backend="hopper")
+            q = attention(q, k, v, **{limit: length}, backend="hopper")
         return q
 
     traced = jax.jit(layers).trace(q, k, k, length)
@@ -361,14 +367,16 @@ def test_hopper_kernel_lowers_for_a_gpu(monkeypatch, T, K, D, parts):
     assert ("fmhaSoftmaxBackward" in text) == (parts is None)
 
 
-@pytest.mark.parametrize("length", [0, 1, 130, 300, 320])
-@pytest.mark.parametrize("plan", [(3, 6, 0, 5), (3, 6, 1, 4), (3, 6, 2, 5), (3, 6, 3, 7)])
-def test_shared_queries_of_the_hopper_kernel_are_merged(monkeypatch, length, plan):
-    """With the kernel replaced by what it is documented to return."""
-    plan = attention_hopper.Plan(*plan)
+PLANS = [(3, 6, 0, 5), (3, 6, 1, 4), (3, 6, 2, 5), (3, 6, 3, 7)]
 
-    def kernel(q, k, v, length, *, plan, no_keys):
+
+@pytest.fixture(params=PLANS)
+def replaced_hopper_kernel(monkeypatch, request):
+    """With this plan, the kernel is replaced by what it is documented to return."""
+
+    def kernel(q, k, v, length, log_times, *, plan, no_keys):
         (B, T, N, D), first, last = q.shape, plan.whole * 128, int(length[0])
+        times = 1 if log_times is None else round(float(np.exp(log_times[0])))
         assert T % 8 == 0
         padded = np.pad(q, ((0, 0), (0, plan.tiles * 128 - T), (0, 0), (0, 0)))
 
@@ -376,7 +384,9 @@ def test_shared_queries_of_the_hopper_kernel_are_merged(monkeypatch, length, pla
             of = np.s_[sample, rows, head]
             stop = min(stop, last)
             if stop > start:
-                return reference(padded[of], *(x[sample, start:stop, head] for x in (k, v)))
+                often = np.where(np.arange(start, stop) == last - 1, times, 1)
+                seen = (np.repeat(x[sample, start:stop, head], often, axis=1) for x in (k, v))
+                return reference(padded[of], *seen)
             shape = padded[of].shape
             return np.ones(shape), np.full((shape[0], shape[2], shape[1]), no_keys)
 
@@ -400,8 +410,14 @@ def test_shared_queries_of_the_hopper_kernel_are_merged(monkeypatch, length, pla
             results += [outs, lses]
         return [jnp.asarray(x, jnp.float32) for x in results]
 
+    plan = attention_hopper.Plan(*request.param)
     monkeypatch.setattr(attention_hopper, "forward", kernel)
     monkeypatch.setattr(attention_hopper.Plan, "cheapest", lambda *args: plan)
+
+
+@pytest.mark.usefixtures("replaced_hopper_kernel")
+@pytest.mark.parametrize("length", [0, 1, 130, 300, 320])
+def test_shared_queries_of_the_hopper_kernel_are_merged(length):
     q, k, v = random(9, (2, 313, 3, 8), (2, 320, 3, 8), (2, 320, 3, 8))
     out, lse = attention_hopper.attend(q, k, v, length, no_keys=attn.NO_KEYS, merge=merge, processors=132)
     assert np.isfinite(out).all()
@@ -411,6 +427,29 @@ def test_shared_queries_of_the_hopper_kernel_are_merged(monkeypatch, length, pla
         expected_out, expected_lse = reference(q, k, v, length)
         assert error(out, expected_out) < 2e-6
         assert error(lse, expected_lse) < 2e-6
+
+
+@pytest.mark.usefixtures("replaced_hopper_kernel")
+@pytest.mark.parametrize("distinct", [0, 1, 130, 319, 320])
+def test_equal_keys_are_read_once_by_the_hopper_kernel(monkeypatch, distinct):
+    """Attention over all of them is what is wanted, by definition."""
+    monkeypatch.setattr(attn, "_device", lambda: H200)
+    q, k, v = random(10, (2, 313, 3, 64), (2, 320, 3, 64), (2, 320, 3, 64))
+    k, v = (
+        np.concatenate([x[:, :distinct], np.repeat(x[:, distinct:][:, :1], 320 - distinct, 1)], 1)
+        for x in (k, v)
+    )
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
+    out = attention(q, k, v, distinct=jnp.int32(distinct), backend="hopper")
+    assert error(out, reference(q, k, v)[0]) < 3e-3  # one rounding to bfloat16
+
+
+def test_equal_keys_make_no_difference_to_other_back_ends():
+    q, k, v = random(11, (1, 5, 2, 8), (1, 7, 2, 8), (1, 7, 2, 8))
+    np.testing.assert_array_equal(attention(q, k, v, distinct=3), attention(q, k, v))
+    for other in ({"length": 2}, {"mask": np.ones((1, 1), bool)}):
+        with pytest.raises(ValueError, match="without a length or a mask"):
+            attention(q, k, v, distinct=3, **other)
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")

@@ -88,6 +88,20 @@ def test_parts_lie_inside_what_contains_them(rows):
     assert work == pytest.approx(operations, rel=1e-9)
 
 
+def test_prompts_are_full_but_the_short_one(pipe, monkeypatch):
+    found, embed_text = [], rollout.embed_text
+
+    def record(*args):
+        found.append(int(embed_text(*args).distinct))
+        return embed_text(*args)
+
+    monkeypatch.setattr(rollout, "embed_text", record)
+    bench.run(pipe, repeats=1, only=["rollout", "rollout_short_prompt"])
+    positions = SMALL.transformer.text_length
+    assert found == [positions, positions // 8]
+    assert positions // 8 > 0
+
+
 def test_rows_that_decode_compile_no_decoder_of_their_own(pipe):
     """The first frame, the rest of its block and a regular chunk: a minute of compiling on a GPU."""
     params = {name: pipe.params[name] for name in ("transformer", "vae")}
@@ -254,7 +268,7 @@ def test_pass_against_xla():
     spec = rollout.RolloutSpec.create(config, SamplerConfig(frames_per_block=2), (8, 8), 4)
     params = modules.abstract(rollout.transformer.CausalDiT, config, unrolled=True)
     kv = jax.ShapeDtypeStruct((1, 64, 2, 128), jnp.float32)
-    text = rollout.transformer.TextKV((kv, kv), (kv, kv))
+    text = rollout.transformer.TextKV((kv, kv), (kv, kv), jax.ShapeDtypeStruct((), jnp.int32))
     cache = rollout.init_cache(spec, 1, jnp.float32, stacked=False)
     x = jax.ShapeDtypeStruct((1, 2, 64, 64), jnp.float32)
 

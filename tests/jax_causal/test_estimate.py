@@ -54,7 +54,7 @@ def test_text_and_weights_equal_what_is_allocated():
     text = rollout.embed_text(spec, params, jnp.zeros((2, 32, 128)))
     parts = estimate.memory_estimate(TINY, spec, 2, "float32")
     assert parts["transformer"] == _nbytes(params)
-    assert parts["text_kv"] == _nbytes(text)
+    assert parts["text_kv"] == _nbytes((text.k, text.v))
 
 
 def test_parts_that_a_model_lacks_are_left_out():

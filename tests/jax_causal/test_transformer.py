@@ -12,7 +12,7 @@ from jax_causal.cache import CacheLayout
 from jax_causal.config import PRESETS
 from jax_causal.parallel import SingleDevice
 from tests import golden_data
-from tests.models import golden_transformer, patchify, unpatchify
+from tests.models import SMALL, golden_transformer, patchify, unpatchify
 
 ATOL = 2e-5
 PARALLEL = SingleDevice()
@@ -193,6 +193,23 @@ def test_text_of_the_wrong_shape_is_refused():
     for context in (too_long, np.zeros((1, 4, config.text_dim + 1), np.float32)):
         with pytest.raises(ValueError, match="prompt embeddings must be"):
             network.embed_text(context)
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_keys_of_padding_are_equal_from_where_it_is_said(unrolled):
+    config = SMALL.transformer
+    params = transformer.init(config, jax.random.key(0))
+    network = transformer.bind(config, transformer.unroll(params) if unrolled else params)
+    context = jax.random.normal(jax.random.key(1), (2, config.text_length, config.text_dim))
+    assert int(network.embed_text(context).distinct) == config.text_length
+    assert int(network.embed_text(jnp.zeros_like(context)).distinct) == 0
+    # The longer of two prompts counts, its own zeros among it.
+    context = context[:, :6].at[0, 3:].set(0).at[1, 1].set(0).at[1, 5].set(0)
+    text = network.embed_text(context)
+    assert int(text.distinct) == 5
+    for x in (np.stack(text.k), np.stack(text.v)):
+        np.testing.assert_allclose(x[:, :, 5:], np.broadcast_to(x[:, :, 5:6], x[:, :, 5:].shape), rtol=1e-5)
+        assert not np.allclose(x[:, 1, 4], x[:, 1, 5], rtol=1e-2)
 
 
 @pytest.mark.parametrize(("name", "count"), [("wan-1.3b", 1_418_996_800), ("wan-14b", 14_288_491_584)])

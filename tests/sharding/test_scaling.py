@@ -192,7 +192,8 @@ def test_command(tmp_path, capsys, monkeypatch):
 
 
 def test_everything_is_measured_unless_a_strategy_is_named(tmp_path, capsys, monkeypatch):
-    """And projected, calibrated where the same way was measured. Rows and link are stand-ins."""
+    """And strategies, without their other forms, projected: calibrated where the same one was measured. Rows and link
+    are stand-ins."""
 
     def rows(scaling, parallel, names):
         return {name: Row(name, 3.0, 3.0, 3.0, "s") for name in names if name in ROWS}
@@ -208,7 +209,8 @@ def test_everything_is_measured_unless_a_strategy_is_named(tmp_path, capsys, mon
     calibrated = {
         p["strategy"]: p["calibrated_s"] is not None for p in record["projection"] if p["devices"] == 8
     }
-    assert calibrated == dict.fromkeys([*gathers, "ring"], True) | {"hybrid": False}
+    assert calibrated == {"gather": True, "ring": True, "hybrid": False}
+    assert [p["strategy"] for p in record["projection"] if p["devices"] == 2] == ["gather", "ring"]
     # Forms of gather decode as gather does: of them the rollout is measured alone.
     for label, expected in {
         "gather": set(ROWS),
