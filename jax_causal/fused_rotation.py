@@ -26,6 +26,9 @@ from jax_causal.peer_memory import Peers, Reach
 
 # Tiles that a block of threads sends: at half of 832 x 480 that is fewer blocks than an H200 has processors.
 GROUP = 5
+QUERY, KEY, VALUE, RECEIVED = range(
+    4
+)  # what a block of threads is about: the last of values from another device
 
 
 def rotate_into_cache(
@@ -146,7 +149,9 @@ def _rotate_kernel(eps, peers, products, scales, factors, written, numbers):
     # What stays on this device, a tile for each block of threads; before them what travels, several tiles for each, so
     # that one is on its way while the next is made, and few blocks hold processors that wait for the link.
     tiles = hopper_rows.tiles(m)
-    stays, leaves = ([0, 1, 2], []) if not travels else ([0, 2, 3], [1]) if ahead else ([0], [1, 2])
+    stays, leaves = [QUERY, KEY, VALUE], []
+    if travels:
+        stays, leaves = ([QUERY, VALUE, RECEIVED], [KEY]) if ahead else ([QUERY], [KEY, VALUE])
     groups = -(-tiles // GROUP)
     senders = B * F * groups * len(leaves)
     blocks = senders + B * F * tiles * len(stays)
@@ -168,7 +173,7 @@ def _rotate_kernel(eps, peers, products, scales, factors, written, numbers):
             q_scale, k_scale = (
                 hopper_rows.load32(ref, HEADS.reduce(0)) for ref in (q_scale_ref, k_scale_ref)
             )
-            of_k = jnp.asarray(part, jnp.float32)  # 0 or 1; no number chooses between arrays here
+            of_k = jnp.asarray(part, jnp.float32)  # QUERY or KEY; no number chooses between arrays here
             scale = q_scale * (1 - of_k) + k_scale * of_k
             x = x * hopper_rows.spread(inverse, x, 0) * hopper_rows.spread(scale, x, 1, 2)
             cos, sin = (
@@ -182,47 +187,47 @@ def _rotate_kernel(eps, peers, products, scales, factors, written, numbers):
             number = block - senders
             index, rest = lax.div(number, tiles * len(stays)), lax.rem(number, tiles * len(stays))
             tokens = hopper_rows.tile(lax.div(rest, len(stays)), m)
-            part = lax.rem(rest, len(stays))  # of `stays`
+            which = lax.rem(rest, len(stays))  # of `stays`
 
-            @pl.when(part < 1 + (1 in stays))
+            @pl.when(which < 1 + (KEY in stays))
             def _rotate():
-                x = rotated(index, tokens, part)
+                x = rotated(index, tokens, which)
 
-                @pl.when(part == 0)
+                @pl.when(which == QUERY)
                 def _query():
                     q_ref[index, tokens] = x
 
-                if 1 in stays:
+                if KEY in stays:
 
-                    @pl.when(part == 1)
+                    @pl.when(which == KEY)
                     def _key():
                         place(index, tokens).at_home(keys_ref, x)
 
-            if 2 in stays:
+            if VALUE in stays:
 
-                @pl.when(part == stays.index(2))
+                @pl.when(which == stays.index(VALUE))
                 def _value():
                     x = hopper_rows.load(v_ref.at[index, tokens], HEADS)
                     place(index, tokens).at_home(values_ref, x)
 
-            if ahead:
+            if RECEIVED in stays:
 
-                @pl.when(part == 2)
+                @pl.when(which == stays.index(RECEIVED))
                 def _received():
                     x = hopper_rows.load(received_ref.at[index, tokens], HEADS)
                     place(index, tokens).here(values_ref, x, 1 - there.me)
 
         def leave(outbox):
-            which, number = lax.rem(block, len(leaves)), lax.div(block, len(leaves))
+            which, number = lax.rem(block, len(leaves)), lax.div(block, len(leaves))  # of `leaves`
             index, first = lax.div(number, groups), lax.rem(number, groups) * GROUP
 
             @pl.loop(0, jnp.minimum(tiles - first, GROUP))
             def _tile(i):
                 tokens = hopper_rows.tile(first + i, m)
                 to_all = functools.partial(place(index, tokens).everywhere, outbox.at[i])
-                pl.when(which == 0)(lambda: to_all(keys_ref, rotated(index, tokens, 1)))
-                if len(leaves) > 1:
-                    pl.when(which == 1)(
+                pl.when(which == leaves.index(KEY))(lambda: to_all(keys_ref, rotated(index, tokens, KEY)))
+                if VALUE in leaves:
+                    pl.when(which == leaves.index(VALUE))(
                         lambda: to_all(values_ref, hopper_rows.load(v_ref.at[index, tokens], HEADS))
                     )
 
