@@ -26,9 +26,8 @@ from jax_causal.peer_memory import Peers, Reach
 
 # Tiles that a block of threads sends: at half of 832 x 480 that is fewer blocks than an H200 has processors.
 GROUP = 5
-QUERY, KEY, VALUE, RECEIVED = range(
-    4
-)  # what a block of threads is about: the last of values from another device
+# What a block of threads is about; the last are values that another device has sent ahead.
+QUERY, KEY, VALUE, RECEIVED = range(4)
 
 
 def rotate_into_cache(
