@@ -197,11 +197,19 @@ def _kernel(q_ref, k_ref, v_ref, length_ref, borders_ref, *refs, plan, no_keys, 
             place, last, count, _ = walk(index)
             batch, head = lax.div(place.head, N), lax.rem(place.head, N)
 
+            def copy(x_ref, smem, ready, free, step):
+                keys = (batch, pl.ds((last - step) * BLOCK_K, BLOCK_K), head)
+                load(x_ref.at[keys], smem, ready, free, done + step, place.together)
+
+            copy_keys = functools.partial(copy, k_ref, k_smem, k_ready, k_free)
+            copy_values = functools.partial(copy, v_ref, v_smem, v_ready, v_free)
+            copy_keys(0)
+
+            # In the order in which there is room: keys are multiplied, and so done with, a step before their values.
             @pl.loop(0, count)
             def _(step):
-                keys = (batch, pl.ds((last - step) * BLOCK_K, BLOCK_K), head)
-                load(k_ref.at[keys], k_smem, k_ready, k_free, done + step, place.together)
-                load(v_ref.at[keys], v_smem, v_ready, v_free, done + step, place.together)
+                pl.when(step + 1 < count)(lambda: copy_keys(step + 1))
+                copy_values(step)
 
             return done + count
 

@@ -17,7 +17,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, nvvm, scf, vector
+from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
 
 from jax_causal import hopper_rows
 
@@ -51,6 +51,20 @@ def gather_warps():
         mgpu_utils.warpgroup_barrier()
 
     gather()
+
+
+def end_of_straight_code(number):
+    """Ends the program where `number` is negative, which it never is: for the branch, over which the assembler moves
+    nothing. Keys are free as soon as the wait for their product is over. Nothing in the softmax depends on that being
+    said, so the assembler would say it in the middle of it, and the next keys would come as much later."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
+    def branch(ctx, number):
+        (number,) = number.registers.flat
+        code = "{ .reg .pred p; setp.ge.s32 p, $0, 0; @p bra on; trap; on: }"
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [number], code, "r", has_side_effects=True)
+
+    branch(number)
 
 
 def attend(q, keys, values, done, count, valid, repeated, no_keys, ahead, out_acc):
@@ -113,6 +127,7 @@ def attend(q, keys, values, done, count, valid, repeated, no_keys, ahead, out_ac
         plgpu.barrier_wait(k_ready.at[this])
         s = pl.run_scoped(scores, scores_type)
         plgpu.barrier_arrive(k_free.at[this])
+        end_of_straight_code(done)
         # Softmax runs beside the second product only if the assembler cannot have the wait for that first: a loop that
         # waits keeps them apart. And 16-bit weights made before it would be registers of a product under way, which
         # the assembler forbids by waiting after every instruction of products.
