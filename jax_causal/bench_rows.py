@@ -36,7 +36,7 @@ BOUNDARIES = {
     "rollout": "denoising and all context passes; noise and text keys and values made before, no decode",
     "rollout_without_last_context": "rollout without the context pass of the last block, which no frame needs",
     "rollout_short_prompt": "rollout for a prompt of an eighth of the positions that the text encoder has, 64 of 512: "
-    "some sentences. In all other rows a prompt fills them",
+    "some sentences. On Hopper GPUs what pads it is read once. In all other rows a prompt fills the positions",
     "rollout_throughput": "operations of the rollout by its time; the floor is the product ceiling",
     "decode": "VAE decode of all frames to uint8 on the device, in the chunks of a run; no transfer",
     "steady_block": "one block of a long video, its window full: noise, denoising, context pass, decode; no transfer",
