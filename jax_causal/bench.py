@@ -36,6 +36,7 @@ def run(
     repeats: int = 5,
     only: Collection[str] | None = None,
     seed: int = 0,
+    ceilings: Ceilings | None = None,
     progress: Callable[[str], None] = lambda what: None,
     measured: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
@@ -44,8 +45,9 @@ def run(
     Args:
       num_frames, height, width: of the video; default the model's.
       repeats: measurements behind every median; the warm-up is one more.
-      only: names of the rows wanted; None is all. Ceilings are measured in any case, for the floors.
+      only: names of the rows wanted; None is all.
       seed: of all random inputs.
+      ceilings: for the floors; None measures them.
       progress: called with what is measured next.
       measured: called with the rows wanted of each part as soon as they are known.
 
@@ -61,8 +63,9 @@ def run(
         raise ValueError(f"repeats={repeats} must be 1 or more")
     bench = _Bench(pipe, num_frames or pipe.config.num_frames, height, width, repeats, seed)
 
-    progress("ceilings")
-    ceilings = bench.ceilings()
+    if ceilings is None:
+        progress("ceilings")
+        ceilings = bench.ceilings()
     groups = [
         (bench.end_to_end, ("warmup", "compile", "end_to_end", "first_frame")),
         (bench.first_frame, tuple(f"first_frame_{part}" for part in FIRST_FRAME)),
@@ -169,9 +172,8 @@ class _Bench:
     def rollout(self, ceilings: Ceilings) -> list[Row]:
         spec, roll = self.spec, self._roller()
         full, without = zip(*(roll() for _ in range(self.repeats)), strict=True)
-        counted = [
-            bench_ceilings.rollout_operations(spec, self.frames, last_context=last) for last in (True, False)
-        ]
+        operations = bench_ceilings.rollout_operations
+        counted = [operations(spec, self.frames, last_context=last) for last in (True, False)]
         floors = [ceilings.floor(operations, self.devices) for operations in counted]
         speeds = [counted[0].total / seconds / 1e12 for seconds in full]
         return [

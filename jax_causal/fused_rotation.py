@@ -25,7 +25,7 @@ from jax_causal.hopper_rows import HEADS, TOKENS
 from jax_causal.peer_memory import Peers, Reach
 
 # Tiles that a block of threads sends: at half of 832 x 480 that is fewer blocks than an H200 has processors.
-GROUP = 5
+GROUP = 8
 # What a block of threads is about; the last are values that another device has sent ahead.
 QUERY, KEY, VALUE, RECEIVED = range(4)
 

@@ -122,11 +122,13 @@ class SingleDevice:
       parts: parts that attention splits the keys into, to fill a device when queries are few.
       unroll: run layers unrolled over per-layer arrays instead of scanning over stacked ones: slower to compile and
         faster to run on a GPU. None means: unroll on an accelerator.
+      device: which one; None is the first.
     """
 
     backend: str = "auto"
     parts: int = 1
     unroll: bool | None = None
+    device: jax.Device | None = None
 
     name, reason, num_devices = "single", "", 1
 
@@ -138,17 +140,21 @@ class SingleDevice:
         return self
 
     def shardings(self, abstract, component="transformer"):
-        return jax.tree.map(lambda _: _first_device(), abstract)
+        return jax.tree.map(lambda _: self._sharding, abstract)
 
     def cache_shape(self, tokens):
         return tokens, self.parts
 
     def init_cache(self, layout, num_layers, batch, num_heads, head_dim, dtype, *, stacked):
         sizes = (num_layers, batch, num_heads, head_dim)
-        return KVCache.zeros(layout, *sizes, dtype, stacked=stacked, device=_first_device())
+        return KVCache.zeros(layout, *sizes, dtype, stacked=stacked, device=self._sharding)
 
     def cache_sharding(self, *, stacked):
-        return _first_device()
+        return self._sharding
+
+    @property
+    def _sharding(self):
+        return jax.sharding.SingleDeviceSharding(self.device or jax.devices()[0])
 
     def rope(self, frames, height, width, head_dim):
         return rope.tables(frames, rope.spatial_factors(height, width, head_dim))
@@ -215,7 +221,3 @@ def _tokens(x):
     """[B, F, S, N, D] -> [B, F * S, N, D]."""
     b, f, s, n, d = x.shape
     return x.reshape(b, f * s, n, d)
-
-
-def _first_device():
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0])

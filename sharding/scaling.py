@@ -10,12 +10,13 @@ measurement, and calibrated on it: of the sending, the part that shows there is 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from jax_causal import bench, rollout
+from jax_causal import bench, bench_ceilings, rollout
 from jax_causal.attention import choose_backend
 from jax_causal.bench_rows import COMMUNICATION, Row
 from jax_causal.config import ModelConfig
@@ -66,14 +67,17 @@ class Way:
 @dataclasses.dataclass(frozen=True)
 class Measured:
     """Rows of one way of running, by name: `ROWS`, and `COMMUNICATION` where a profile shows it; `way` is None for one
-    device."""
+    device, which has a `number`."""
 
     way: Way | None
     rows: dict[str, Row]
+    number: int = 0
 
     @property
     def label(self) -> str:
-        return "single" if self.way is None else self.way.label
+        if self.way is None:
+            return f"single, device {self.number}" if self.number else "single"
+        return self.way.label
 
     @property
     def devices(self) -> int:
@@ -178,10 +182,14 @@ class Scaling:
             forms.append(dataclasses.replace(collective, label="gather, no overlap", overlap=False))
         return forms
 
-    def single(self) -> Measured:
-        """One device."""
-        self.progress("one device")
-        return Measured(None, self._rows(SingleDevice(), self.rows))
+    def singles(self, devices: Sequence[jax.Device]) -> Iterator[Measured]:
+        """One device, the first, and the rollout alone on each of the others: cards differ, and several are as fast as
+        the slowest of them."""
+        for number, device in enumerate(devices):
+            if number == 0 or "rollout" in self.rows:
+                self.progress(f"device {number} alone")
+                rows = ("rollout",) if number else self.rows
+                yield Measured(None, self._rows(SingleDevice(device=device), rows), number)
 
     def measure(self, way: Way, devices: Sequence[jax.Device]) -> Measured:
         """A way of running on the devices: of forms of a strategy the rollout alone, for they decode alike."""
@@ -220,8 +228,13 @@ class Scaling:
 
     def _rows(self, parallel: Parallel, names) -> dict[str, Row]:
         pipe = Pipeline.random(self.config, dtype=self.precision, parallel=parallel, **self.limits)
-        rows = bench.run(pipe, **self.inputs, repeats=self.repeats, only=names)
+        rows = bench.run(pipe, **self.inputs, repeats=self.repeats, only=names, ceilings=self._ceilings)
         return {row.name: row for row in rows}
+
+    @functools.cached_property
+    def _ceilings(self) -> bench_ceilings.Ceilings:
+        """Of all floors: measured once."""
+        return bench_ceilings.measure_ceilings(self.config, jnp.dtype(self.precision), repeats=self.repeats)
 
     def _works(self) -> list[tuple[Workload, int]]:
         """(workload, passes) of every block of the rollout, all context passes included."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 
 from rich.table import Table
@@ -69,9 +70,9 @@ def run(args: argparse.Namespace) -> None:
         if last or args.json != "-":
             write_json(record)
 
-    for way in [None, *here]:
-        measured.append(scaling.measure(way, devices) if way else scaling.single())
-        note(_line(measured[-1], measured[0]))
+    for one in itertools.chain(scaling.singles(devices), (scaling.measure(way, devices) for way in here)):
+        measured.append(one)
+        note(_line(one, measured[0]))
         keep()
     link, source = scaling.link(devices)
     record |= {
@@ -79,8 +80,8 @@ def run(args: argparse.Namespace) -> None:
         "link_latency_s": link.latency,
         "link_bandwidth_bytes_per_s": link.bandwidth,
     }
-    for one in measured[1:]:
-        if _kind(one.way) in there:
+    for one in measured:
+        if one.way and _kind(one.way) in there:
             projections.append(scaling.project(one.way, link, measured=one))
             keep()
     like = {_kind(projection.way): projection for projection in projections}

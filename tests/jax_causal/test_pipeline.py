@@ -147,6 +147,14 @@ def test_unrolled_and_scanned_agree():
     _close(unrolled(PROMPT, num_frames=13).frames, _pipe()(PROMPT, num_frames=13).frames)
 
 
+def test_another_device_than_the_first():
+    """All of it there, as on the first."""
+    second = jax.devices()[1]
+    pipe = Pipeline.random(SMALL, dtype="float32", parallel=SingleDevice(device=second))
+    assert all(x.devices() == {second} for x in jax.tree.leaves(pipe.params))
+    _close(pipe(PROMPT, num_frames=13).frames, _pipe()(PROMPT, num_frames=13).frames)
+
+
 def test_extension_begins_with_the_given_clip():
     """Latents of the given frames are the clip's own encoding, so the first frames are its reconstruction."""
     pipe = _pipe()

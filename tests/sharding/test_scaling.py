@@ -68,7 +68,25 @@ def test_a_share_is_what_one_device_does(case):
     assert found.cost_analysis()["flops"] == pytest.approx(expected.cost_analysis()["flops"], rel=0.05)
 
 
-# The link, and the sum.
+# One device, the link, and the sum.
+
+
+def test_every_device_is_measured_alone(monkeypatch):
+    """On its own: weights and cache lie there."""
+    used = []
+
+    def run(pipe, *, only, **options):
+        (device,) = pipe.parallel.cache_sharding(stacked=True).device_set
+        assert all(x.devices() == {device} for x in jax.tree.leaves(pipe.params))
+        used.append((device, tuple(only)))
+        return [Row(name, 1.0, 1.0, 1.0, "s") for name in only]
+
+    monkeypatch.setattr(bench, "run", run)
+    first, second, third = devices = jax.devices()[:3]
+    found = list(Scaling(SMALL, "float32", INPUTS, LIMITS).singles(devices))
+    assert [one.label for one in found] == ["single", "single, device 1", "single, device 2"]
+    assert used == [(first, ROWS), (second, ("rollout",)), (third, ("rollout",))]
+    assert len(list(Scaling(SMALL, "float32", INPUTS, LIMITS, rows=("first_frame",)).singles(devices))) == 1
 
 
 def test_link_is_measured():
@@ -176,7 +194,11 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert [shown[x] for x in ("median", "min", "max")] == pytest.approx([0.02, 0.01, 0.03])
     assert (total["unit"], total["speedup"]) == ("s", None)
     assert "ring 2 150.000 ms 20.000 ms" in text
-    assert set(rows) == {("single", 1, "rollout"), ("ring", 2, "rollout")}
+    assert set(rows) == {
+        ("single", 1, "rollout"),
+        ("single, device 1", 1, "rollout"),
+        ("ring", 2, "rollout"),
+    }
     for way, devices, name in rows:
         row = rows[way, devices, name]
         assert row["speedup"] == pytest.approx(rows["single", 1, name]["median"] / row["median"])
@@ -205,14 +227,17 @@ def test_everything_is_measured_unless_a_strategy_is_named(tmp_path, capsys, mon
     assert record["strategy"] == "all"
     gathers = ["gather", "gather, keys in 8", "gather, no overlap"]
     measured = list(dict.fromkeys((row["strategy"], row["devices"]) for row in record["rows"]))
-    assert measured == [("single", 1), *((name, 2) for name in [*gathers, "ring", "ulysses"])]
+    singles = [("single", 1), ("single, device 1", 1)]
+    assert measured == [*singles, *((name, 2) for name in [*gathers, "ring", "ulysses"])]
     calibrated = {
         p["strategy"]: p["calibrated_s"] is not None for p in record["projection"] if p["devices"] == 8
     }
     assert calibrated == {"gather": True, "ring": True, "hybrid": False}
     assert [p["strategy"] for p in record["projection"] if p["devices"] == 2] == ["gather", "ring"]
-    # Forms of gather decode as gather does: of them the rollout is measured alone.
+    # Forms of gather decode as gather does, and all devices as the first: of them the rollout is measured alone.
     for label, expected in {
+        "single": set(ROWS),
+        "single, device 1": {"rollout"},
         "gather": set(ROWS),
         "gather, no overlap": {"rollout"},
         "ring": set(ROWS),
@@ -246,7 +271,7 @@ def test_rows_that_are_not_asked_for_are_not_measured(tmp_path, capsys, monkeypa
     path = tmp_path / "scaling.json"
     argv = ("--scaling", "--devices", 2, "--strategy", "ring", "--only", "rollout", "--project", 0)
     assert command(*argv, "--json", path) == 0
-    assert asked == [("rollout",), ("rollout", *COMMUNICATION)]
+    assert asked == [("rollout",), ("rollout",), ("rollout", *COMMUNICATION)]
     record = json.loads(path.read_text())
     assert set(record["boundaries"]) == {"rollout", *COMMUNICATION}
     assert "first_frame" not in "".join(capsys.readouterr())
@@ -265,6 +290,7 @@ def test_what_was_measured_stays_where_the_rest_fails(tmp_path, monkeypatch):
     record = json.loads(path.read_text())
     assert {row["strategy"] for row in record["rows"]} == {
         "single",
+        "single, device 1",
         "gather",
         "gather, keys in 8",
         "gather, no overlap",
