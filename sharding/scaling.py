@@ -182,14 +182,16 @@ class Scaling:
             forms.append(dataclasses.replace(collective, label="gather, no overlap", overlap=False))
         return forms
 
-    def singles(self, devices: Sequence[jax.Device]) -> Iterator[Measured]:
-        """One device, the first, and the rollout alone on each of the others: cards differ, and several are as fast as
-        the slowest of them."""
-        for number, device in enumerate(devices):
-            if number == 0 or "rollout" in self.rows:
-                self.progress(f"device {number} alone")
-                rows = ("rollout",) if number else self.rows
-                yield Measured(None, self._rows(SingleDevice(device=device), rows), number)
+    def single(self) -> Measured:
+        """One device, the first."""
+        self.progress("one device")
+        return Measured(None, self._rows(SingleDevice(), self.rows))
+
+    def others(self, devices: Sequence[jax.Device]) -> Iterator[Measured]:
+        """The rollout on each of the others alone: cards differ, and several are as fast as the slowest of them."""
+        for number, device in enumerate(devices[1:] if "rollout" in self.rows else [], 1):
+            self.progress(f"device {number} alone")
+            yield Measured(None, self._rows(SingleDevice(device=device), ["rollout"]), number)
 
     def measure(self, way: Way, devices: Sequence[jax.Device]) -> Measured:
         """A way of running on the devices: of forms of a strategy the rollout alone, for they decode alike."""

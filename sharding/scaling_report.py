@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
+from collections.abc import Iterator
 
 from rich.table import Table
 from rich.text import Text
@@ -70,7 +70,12 @@ def run(args: argparse.Namespace) -> None:
         if last or args.json != "-":
             write_json(record)
 
-    for one in itertools.chain(scaling.singles(devices), (scaling.measure(way, devices) for way in here)):
+    def measure() -> Iterator[Measured]:
+        yield scaling.single()
+        yield from (scaling.measure(way, devices) for way in here)
+        yield from scaling.others(devices)
+
+    for one in measure():
         measured.append(one)
         note(_line(one, measured[0]))
         keep()
@@ -167,6 +172,7 @@ def _sections(record: dict, measured: list[Measured], projections: list[Projecti
     origin = "measured on these devices" if record["link"] == "measured" else "assumed: there is one device"
     sections = [title, Text(setting, "dim"), "", _measured_table(measured), ""]
     sections += [Text(f"{name}: {BOUNDARIES[name]}", "dim") for name in _shown(measured[0])]
+    sections.append(Text("x: how often its time goes into that of the first device alone", "dim"))
     if profiled := _profiled(measured):
         sections += ["", _communication_table(measured), ""]
         sections += [Text(f"{name}: {BOUNDARIES[name]}", "dim") for name in profiled]

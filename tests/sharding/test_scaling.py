@@ -83,10 +83,11 @@ def test_every_device_is_measured_alone(monkeypatch):
 
     monkeypatch.setattr(bench, "run", run)
     first, second, third = devices = jax.devices()[:3]
-    found = list(Scaling(SMALL, "float32", INPUTS, LIMITS).singles(devices))
+    scaling = Scaling(SMALL, "float32", INPUTS, LIMITS)
+    found = [scaling.single(), *scaling.others(devices)]
     assert [one.label for one in found] == ["single", "single, device 1", "single, device 2"]
     assert used == [(first, ROWS), (second, ("rollout",)), (third, ("rollout",))]
-    assert len(list(Scaling(SMALL, "float32", INPUTS, LIMITS, rows=("first_frame",)).singles(devices))) == 1
+    assert not list(Scaling(SMALL, "float32", INPUTS, LIMITS, rows=("first_frame",)).others(devices))
 
 
 def test_link_is_measured():
@@ -227,8 +228,8 @@ def test_everything_is_measured_unless_a_strategy_is_named(tmp_path, capsys, mon
     assert record["strategy"] == "all"
     gathers = ["gather", "gather, keys in 8", "gather, no overlap"]
     measured = list(dict.fromkeys((row["strategy"], row["devices"]) for row in record["rows"]))
-    singles = [("single", 1), ("single, device 1", 1)]
-    assert measured == [*singles, *((name, 2) for name in [*gathers, "ring", "ulysses"])]
+    several = [(name, 2) for name in [*gathers, "ring", "ulysses"]]
+    assert measured == [("single", 1), *several, ("single, device 1", 1)]
     calibrated = {
         p["strategy"]: p["calibrated_s"] is not None for p in record["projection"] if p["devices"] == 8
     }
@@ -271,7 +272,7 @@ def test_rows_that_are_not_asked_for_are_not_measured(tmp_path, capsys, monkeypa
     path = tmp_path / "scaling.json"
     argv = ("--scaling", "--devices", 2, "--strategy", "ring", "--only", "rollout", "--project", 0)
     assert command(*argv, "--json", path) == 0
-    assert asked == [("rollout",), ("rollout",), ("rollout", *COMMUNICATION)]
+    assert asked == [("rollout",), ("rollout", *COMMUNICATION), ("rollout",)]
     record = json.loads(path.read_text())
     assert set(record["boundaries"]) == {"rollout", *COMMUNICATION}
     assert "first_frame" not in "".join(capsys.readouterr())
@@ -290,7 +291,6 @@ def test_what_was_measured_stays_where_the_rest_fails(tmp_path, monkeypatch):
     record = json.loads(path.read_text())
     assert {row["strategy"] for row in record["rows"]} == {
         "single",
-        "single, device 1",
         "gather",
         "gather, keys in 8",
         "gather, no overlap",
