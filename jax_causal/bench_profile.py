@@ -24,7 +24,7 @@ COMPONENTS = {
     "attention": r"attention|sdpa|fmha",
     "convolutions": r"fprop|conv(?!ert)|winograd",
     "products": r"gemm|gemv|nvjet|cutlass|cublas|dot|ynn|matmul|splitk",
-    "collectives": r"nccl|all-|all_|collective|reduce-scatter|permute|multigpubarrier|into_caches|memcpyp2p",
+    "collectives": r"nccl|all-|all_|collective|reduce-scatter|permute|multigpubarrier|into_caches|write_values|memcpyp2p",
     "copies": r"memcpy|memset|^copy|transpose_copy",
     "elementwise": "",
 }

@@ -54,6 +54,11 @@ class Peers(NamedTuple):
         """Whether anything is written to another device."""
         return self.axis is not None and self.count > 1
 
+    @property
+    def values_apart(self) -> bool:
+        """Whether values travel by themselves: by copy engines, of one device to one other."""
+        return self.travels and self.count == 2
+
 
 def can_reach_peers() -> bool:
     """Whether a kernel can write to other devices of its process: jax calls it experimental, and this is the version
@@ -68,7 +73,7 @@ class Reach(NamedTuple):
 
     Attributes:
       addresses: int32 [devices, 2L + 1, 2], 64 bits each: of this device, then of the next ones in turn, where the keys
-        of all layers lie, the values of all layers, and the counts.
+        of all layers lie, the values of all layers, and the counts; [devices, L + 1, 2] where values travel apart.
       counts: pieces that have come from peers at each layer, int32 [L].
     """
 
@@ -85,7 +90,7 @@ def reach(peers: Peers, keys: Sequence[jax.Array], values: Sequence[jax.Array], 
 
     Args:
       peers: they.
-      keys, values: of the caches.
+      keys, values: of the caches; no values where they travel apart.
       zeros: int32 [L], known only after the host's threads of all devices have met. At the start of a run each of them
         allocates and frees memory for this kernel, and what frees waits for all devices: for one that waits already in
         this kernel, for ever. So two H200s stopped.

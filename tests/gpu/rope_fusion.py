@@ -31,6 +31,7 @@ from jax_causal import (
     environment,
     fused_norm,
     fused_rotation,
+    fused_values,
     hopper_rows,
     peer_memory,
     rollout,
@@ -46,8 +47,8 @@ FIXTURE = Path(__file__).with_name("rope_fusion.hlo.gz")
 LAYERS = 2
 FORMS = {"xla": 1, "kernel": 2, "context": 2}  # how the layers run, and on how many devices
 SOURCES = (
-    attention_hopper, attention_plan, attention_tile, direct, fused_norm, fused_rotation, hopper_rows, mesh,
-    peer_memory, sequence_parallel,
+    attention_hopper, attention_plan, attention_tile, direct, fused_norm, fused_rotation, fused_values, hopper_rows,
+    mesh, peer_memory, sequence_parallel,
 )  # fmt: skip
 _BETWEEN = "\n=====\n"
 # Versions of jax write these in different ways, and indices too; what is computed does not depend on them.

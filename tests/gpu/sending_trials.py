@@ -7,9 +7,9 @@
 Every case runs in a process of its own, for flags of XLA are read once, and is ended after 45 s. Each is a layer's
 share of the 1.3B shape, 784 rows of 3 frames a device: "gather" packs keys and values, gathers them and writes them to
 the cache; "all-to-all" trades tokens for heads and back; "-in-graphs" has the collectives in CUDA graphs; "kernel"
-begins a pass, then norms, rotates and writes to both caches at once; "ahead" does that when the copy engine has brought
-the values, which nothing is computed beside here. Printed are microseconds of a call in a row of dependent calls, and
-from a profile those of its kernels; of the last two the error against the plain form too.
+begins a pass, then norms, rotates and writes keys to both caches at once, beside which a copy engine brings the values.
+Printed are microseconds of a call in a row of dependent calls, and from a profile those of its kernels; of the last the
+error against the plain form too.
 """
 
 import argparse
@@ -27,7 +27,6 @@ CASES = {
     "all-to-all": "",
     "all-to-all-in-graphs": GRAPHS,
     "kernel": "",
-    "ahead": "",
 }
 LIMIT_S = 45
 CALLS, REPEATS = 30, 5
@@ -94,16 +93,12 @@ def run(case: str) -> int:
 
     peers = Peers(2, S, SEQ)
 
-    def kernel(qk, v, scales, table, keys, values, slots, received=None):
+    def kernel(qk, v, scales, table, keys, values, slots):
         (keys,), (values,), reach = direct.begin_pass((keys,), (values,), peers=peers)  # a pass of one layer
-        return fused_rotation.rotate_into_cache(
-            qk, v, scales, table, keys, values, slots, eps=EPS, peers=peers, received=received, reach=reach
-        )[:3]
+        arguments = qk, v, scales, table, keys, values, reach, slots
+        return direct.rotate_into_caches(*arguments, peers=peers, eps=EPS, layer=0)[:3]
 
-    def ahead(qk, v, *rest):
-        return kernel(qk, v, *rest, received=lax.ppermute(v, SEQ, [(0, 1), (1, 0)]))
-
-    layer = trade if trades else {"kernel": kernel, "ahead": ahead}.get(case, gather)
+    layer = trade if trades else kernel if case == "kernel" else gather
 
     def chain(layer, qk, v, scales, table, keys, values, slots):
         def step(_, carry):
@@ -139,11 +134,11 @@ def run(case: str) -> int:
     ]
     inputs = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)]
     failed = False
-    if layer in (kernel, ahead):
+    if layer is kernel:
 
         def plain(qk, v, scales, table, *rest):
             factors = fused_rotation._factors(table)
-            return fused_rotation.plain_rotate(EPS, peers, (qk, v, None), scales, factors, *rest)
+            return fused_rotation.plain_rotate(EPS, peers, (qk, v), scales, factors, *rest)
 
         # All calls, for a device that is ahead could write where another still reads.
         found, right = (compiled(functools.partial(chain, run))(*inputs) for run in (layer, plain))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_causal import environment, fused_rotation, hopper_rows, peer_memory, rope
+from jax_causal import environment, fused_rotation, fused_values, hopper_rows, peer_memory, rope
 from jax_causal.peer_memory import Peers
 from tests.kernels_on_cpu import assert_rounded, f64, machine, random, relative
 
@@ -74,42 +74,55 @@ SHARES = [(8, 2, 4), (20, 2, 10), (28, 2, 16), (24, 3, 8), (28, 3, 12), (20, 4, 
 
 
 @pytest.mark.parametrize(
-    ("tokens", "devices", "rows", "ahead"),
+    ("tokens", "devices", "rows", "apart"),
     [*((*share, False) for share in SHARES), *((*share, True) for share in SHARES if share[1] == 2)],
 )
-def test_devices_write_to_all_caches(machine, tokens, devices, rows, ahead):
+def test_devices_write_to_all_caches(machine, tokens, devices, rows, apart):
     """Even shares, shares that are no multiple of a block of threads, and short and empty ones at the end; values sent
-    by the kernel and, between two devices, before it; as the second of three layers."""
+    by the kernel and, between two devices, without it; as the second of three layers."""
     qkv, scales, table, keys, values, slots = _queries(
         B=1, F=2, S=tokens, N=2, slots=(2, 0), room=3 * tokens + 4
     )
     expected_q, expected_k = _expected(qkv, scales, table)
     peers, layer, layers = Peers(devices, tokens, machine.axis), 1, 3
-    reaches = _begin_pass(machine, peers, *([x] * layers for x in (keys, values)))
-    here_is = layer, layers + layer, 2 * layers
+    sent = [keys] if apart else [keys, values]
+    reaches = _begin_pass(machine, peers, [keys] * layers, [] if apart else [values] * layers)
+    here_is = *(number * layers + layer for number in range(len(sent))), len(sent) * layers
     # As `Sharded` cuts them, with whatever rows of padding.
     index = np.minimum(np.arange(devices * rows), tokens - 1).reshape(devices, rows)
     for device, here in enumerate(index):
         machine.device, machine.references = device, here_is
-        received = qkv[:, :, index[1 - device], 2] if ahead else None
+        qk, v = _parts(qkv[:, :, here])
         q, *_ = fused_rotation.rotate_into_cache(
-            *_parts(qkv[:, :, here]), scales, table[:, :, here], keys, values, slots,
-            eps=EPS, peers=peers, received=received, reach=reaches[device], layer=layer,
+            qk, None if apart else v, scales, table[:, :, here], keys, None if apart else values, slots,
+            eps=EPS, peers=peers, reach=reaches[device], layer=layer,
         )  # fmt: skip
         assert_rounded(q, expected_q[:, :, here])
     for device, arrays in enumerate(machine.memory):
-        held = [arrays[number] for number in here_is]
-        _check_cache(*(x[:, None] for x in held[:2]), keys, values, qkv, expected_k, slots)
-        for number in set(range(2 * layers)) - set(here_is):
-            np.testing.assert_array_equal(f64(arrays[number]), f64((keys, values)[number // layers][:, 0]))
+        *held, counts = (arrays[number] for number in here_is)
+        held = [x[:, None] for x in held]
+        if apart:
+            held.append(_written_apart(machine, peers, qkv, values, slots, index, device))
+        _check_cache(*held, keys, values, qkv, expected_k, slots)
+        for number in set(range(len(sent) * layers)) - set(here_is):
+            np.testing.assert_array_equal(f64(arrays[number]), f64(sent[number // layers][:, 0]))
         (awaited,) = machine.awaited[device]
-        assert held[2].tolist() == [0, awaited, 0]
+        assert counts.tolist() == [0, awaited, 0]
         assert awaited > 0
         assert set(machine.checked[device]) == set(here_is)
     if devices * rows == tokens:  # without padding whatever is counted was written before, and is there
         for device in range(devices):
             events = [what for what, where in machine.order if (where == device) != (what == "sent")]
             assert re.fullmatch("((write )+sent count )+", " ".join([*events, ""]))
+
+
+def _written_apart(machine, peers, qkv, values, slots, index, device):
+    """The cache's values on a device, by their own kernel."""
+    own, received = (qkv[:, :, index[i], 2] for i in (device, 1 - device))
+    memory, machine.memory = machine.memory, None
+    found = fused_values.write_values(own, received, values, slots, jnp.full(1, device), peers=peers)
+    machine.memory = memory
+    return found
 
 
 def _begin_pass(machine, peers, keys, values):
@@ -181,8 +194,7 @@ def test_the_plain_form_is_the_same_function(machine):
     qkv, scales, table, keys, values, slots = _queries()
     factors = fused_rotation._factors(table)
     *results, _ = fused_rotation.rotate_into_cache(*_parts(qkv), scales, table, keys, values, slots, eps=EPS)
-    products = *_parts(qkv), None
-    arguments = jax.tree.map(lambda y: y.astype(jnp.float32), (products, scales, factors, keys, values))
+    arguments = jax.tree.map(lambda y: y.astype(jnp.float32), (_parts(qkv), scales, factors, keys, values))
     for result, plain in zip(results, fused_rotation.plain_rotate(EPS, None, *arguments, slots), strict=True):
         assert relative(result, plain) < 4e-3
 
@@ -201,7 +213,7 @@ def test_gradient_goes_around_the_kernel(machine):
 
     def plain(qkv, scales, *caches):
         factors = fused_rotation._factors(table)
-        return fused_rotation.plain_rotate(EPS, None, (*_parts(qkv), None), scales, factors, *caches, slots)
+        return fused_rotation.plain_rotate(EPS, None, _parts(qkv), scales, factors, *caches, slots)
 
     of = (qkv, scales, caches)
     actual = jax.grad(functools.partial(loss, fused), (0, 1, 2))(*of)
@@ -209,6 +221,29 @@ def test_gradient_goes_around_the_kernel(machine):
     expected = jax.grad(functools.partial(loss, plain), (0, 1, 2))(*exact)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert relative(a, b) < 2e-2
+
+
+@pytest.mark.parametrize("me", [0, 1])
+def test_gradient_goes_around_the_kernel_of_values(machine, me):
+    """To whose values they were, and to the cache only where these have not replaced it."""
+    own, received, values, weights = random(*[(1, 2, 8, 2, 128)] * 2, *[(1, 1, 40, 2, 128)] * 2)
+
+    def loss(own, received, values):
+        slots = jnp.asarray([1, 0])
+        written = fused_values.write_values(
+            own, received, values, slots, jnp.full(1, me), peers=Peers(2, 15, "seq")
+        )
+        return (written.astype(jnp.float32) * weights).sum()
+
+    of_own, of_received, of_values = map(f64, jax.grad(loss, (0, 1, 2))(own, received, values))
+    expected = f64(weights)[:, 0]
+    frames = np.stack([expected[:, 15:30], expected[:, :15]], axis=1)  # of slots 1 and 0
+    shares = np.pad(frames, ((0, 0), (0, 0), (0, 1), (0, 0), (0, 0)))  # a row of padding, which goes nowhere
+    shares = [shares[:, :, :8], shares[:, :, 8:]]
+    np.testing.assert_array_equal(of_own, shares[me])
+    np.testing.assert_array_equal(of_received, shares[1 - me])
+    np.testing.assert_array_equal(of_values[:, 0, 30:], expected[:, 30:])
+    assert not of_values[:, 0, :30].any()
 
 
 def test_lowers_for_a_gpu():

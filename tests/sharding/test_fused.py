@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jax_causal import fused_norm, fused_rotation, peer_memory, rollout, transformer
+from jax_causal import fused_norm, fused_rotation, fused_values, peer_memory, rollout, transformer
 from jax_causal.config import PRESETS
 from jax_causal.parallel import SingleDevice
 from jax_causal.peer_memory import Peers
@@ -49,6 +49,7 @@ def peers(monkeypatch):
     monkeypatch.setattr(peer_memory, "can_reach_peers", lambda: True)
     monkeypatch.setattr(peer_memory, "reach", reach)
     monkeypatch.setattr(fused_rotation, "_rotate_kernel", rotate)
+    monkeypatch.setattr(fused_values, "_write_kernel", fused_values.plain_write_values)
     monkeypatch.setattr(fused_norm, "_add_norm_kernel", fused_norm.plain_add_norm)
     jax.clear_caches()  # of the same programs without
     yield found

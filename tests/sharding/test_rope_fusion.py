@@ -81,14 +81,12 @@ def test_our_kernel_goes_from_the_products_to_all_caches(program):
     assert len(kernels) == SCRIPT.LAYERS
     block = 784 * 3 * 1536 * 2
     for kernel in kernels:
-        qk, v, received, *caches = (name for name in kernel.operands if around[name].nbytes >= block)
-        assert [around[name].nbytes for name in (qk, v, received)] == [2 * block, block, block]
+        qk, keys = (name for name in kernel.operands if around[name].nbytes >= block)
+        assert [around[name].nbytes for name in (qk, keys)] == [2 * block, CACHE]
         assert "matmul" in _producer(around, qk).attributes
-        assert _producer(around, received).opcode == "collective-permute-done"
-        assert [around[name].nbytes for name in caches] == [CACHE, CACHE]
-        # Keys, values and what counts arrivals are the operands themselves.
+        # Keys and what counts arrivals are the operands themselves.
         aliased = re.search(r"output_to_operand_aliasing={(.*?)}, api", kernel.attributes)[1]
-        assert len(re.findall(r"{\d}: \(\d+, {}\)", aliased)) == 3
+        assert len(re.findall(r"{\d}: \(\d+, {}\)", aliased)) == 2
         assert "uses_xla_collective_metadata = false" in kernel.attributes
 
 
@@ -106,22 +104,35 @@ def test_our_kernel_needs_no_kernel_for_small_operands(program):
 
 
 @OURS
-def test_values_travel_while_queries_and_keys_are_multiplied(program):
-    """And nothing else does but a number for each pass, at which hosts meet before the kernel that begins it."""
+def test_values_travel_aside(program):
+    """And into the cache: from before queries and keys are multiplied until keys have come. Nothing else is sent but a
+    number for each pass, at which hosts meet before the kernel that begins it."""
     around, kernels = _ours(program)
-    order = list(around)
-    meeting, *values = program.sent()
+    order, block = list(around), 784 * 3 * 1536 * 2
     assert {sent.collective.kind for sent in program.sent()} == {"collective-permute"}
-    assert meeting.collective.bytes == 4
+    meetings, values = ([s for s in program.sent() if s.collective.bytes == size] for size in (4, block))
     (begin,) = [i for i in around.values() if _is_ours(i, "reach_caches")]
-    assert meeting.instruction in program.sources(begin, within=begin.computation)
+    assert [sent.instruction in program.sources(begin, within=begin.computation) for sent in meetings] == [
+        True
+    ]
+    assert len(program.sent()) == 1 + SCRIPT.LAYERS
     for kernel, sent in zip(kernels, values, strict=True):
-        assert sent.collective.bytes == 784 * 3 * 1536 * 2
         assert "COLLECTIVES_PEER_MEMORY" in sent.instruction.attributes  # by the copy engine
-        start = around[sent.instruction.operands[0]]
-        assert "matmul" in _source(around, start.operands[0]).attributes
+        aside = program.computations[sent.instruction.computation]
+        (write,) = [i for i in aside.values() if _is_ours(i, "write_values")]
+        assert sent.instruction in program.sources(write, within=write.computation)
+        assert "output_to_operand_aliasing={{}: (4, {})}" in write.attributes
+        assert [i.nbytes for i in aside.values() if i.opcode == "custom-call"] == [CACHE]
+        assert not [i for i in aside.values() if i.opcode == "copy"]
+        (start,) = [i for i in around.values() if sent.instruction.computation in i.calls]
+        (done,) = [i for i in around.values() if start.name in i.operands]
+        assert "_xla_stream_annotation" in start.attributes
+        v, cache = (name for name in start.operands if around[name].nbytes >= block)
+        assert "matmul" in _source(around, v).attributes
+        assert (around[cache].nbytes, _producer(around, cache).opcode) == (CACHE, "parameter")
         qk = _producer(around, kernel.operands[0])
-        assert order.index(start.name) < order.index(qk.name) < order.index(sent.instruction.name)
+        path = [i.name for i in (start, qk, kernel, done)]
+        assert sorted(path, key=order.index) == path
 
 
 @OURS
@@ -133,7 +144,7 @@ def test_no_cache_is_copied_within_a_pass(program):
     assert "skip_device_barrier = false" in begin.attributes
     assert "uses_xla_collective_metadata = true" in begin.attributes
     caches = [_producer(around, name) for name in begin.operands if around[name].nbytes == CACHE]
-    assert [instruction.opcode for instruction in caches] == ["parameter"] * (2 * SCRIPT.LAYERS)
+    assert [instruction.opcode for instruction in caches] == ["parameter"] * SCRIPT.LAYERS
     # They are its first results behind the addresses, in place.
     aliased = re.search(r"output_to_operand_aliasing={(.*?)}, api", begin.attributes)[1]
     assert all(f"{{{number + 1}}}: ({number}, {{}})" in aliased for number in range(len(caches)))
@@ -141,10 +152,7 @@ def test_no_cache_is_copied_within_a_pass(program):
         _whole(around, name) for kernel in kernels for name in kernel.operands if around[name].nbytes == CACHE
     ]
     assert {instruction.operands[0] for instruction in taken} == {begin.name}
-    layers = range(1, SCRIPT.LAYERS + 1)  # keys of all, then values of all
-    assert [_number(instruction) for instruction in taken] == [
-        number for layer in layers for number in (layer, SCRIPT.LAYERS + layer)
-    ]
+    assert [_number(instruction) for instruction in taken] == list(range(1, SCRIPT.LAYERS + 1))
     assert not [i for i in around.values() if i.opcode == "copy" and i.nbytes >= CACHE]
 
 
