@@ -19,12 +19,13 @@ import jax
 from jax.profiler import ProfileData
 
 # The first that matches counts: cuDNN's attention kernels have "fprop" in their names, its convolutions "gemm". The
-# kernel that writes to the caches of other devices is a collective, whatever else it computes, and so is a copy to one.
+# kernel that writes to the caches of other devices is a collective, whatever else it computes, and so are a copy to one
+# and the kernel that takes what has come to its place.
 COMPONENTS = {
     "attention": r"attention|sdpa|fmha",
     "convolutions": r"fprop|conv(?!ert)|winograd",
     "products": r"gemm|gemv|nvjet|cutlass|cublas|dot|ynn|matmul|splitk",
-    "collectives": r"nccl|all-|all_|collective|reduce-scatter|permute|multigpubarrier|into_caches|write_values|memcpyp2p",
+    "collectives": r"nccl|all-|all_|collective|reduce-scatter|permute|multigpubarrier|memcpyp2p|into_caches|write_val",
     "copies": r"memcpy|memset|^copy|transpose_copy",
     "elementwise": "",
 }

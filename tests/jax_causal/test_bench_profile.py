@@ -22,6 +22,7 @@ def test_kernels_are_told_apart_by_name():
         "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "collectives",
         "stream_executor::gpu::MultiGpuBarrierWithNcclKernelImpl(long, long, ncclWindow_vidmem*)": "collectives",
         "rotate_into_caches_mosaic_gpu_kernel": "collectives",
+        "write_values_mosaic_gpu_kernel": "collectives",
         "rotate_into_cache_mosaic_gpu_kernel": "elementwise",
         "MemcpyD2D": "copies",
         "loop_add_convert_fusion_3": "elementwise",
