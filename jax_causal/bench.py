@@ -172,8 +172,8 @@ class _Bench:
     def rollout(self, ceilings: Ceilings) -> list[Row]:
         spec, roll = self.spec, self._roller()
         full, without = zip(*(roll() for _ in range(self.repeats)), strict=True)
-        operations = bench_ceilings.rollout_operations
-        counted = [operations(spec, self.frames, last_context=last) for last in (True, False)]
+        count = bench_ceilings.rollout_operations
+        counted = [count(spec, self.frames, last_context=last) for last in (True, False)]
         floors = [ceilings.floor(operations, self.devices) for operations in counted]
         speeds = [counted[0].total / seconds / 1e12 for seconds in full]
         return [

@@ -172,7 +172,7 @@ def _sections(record: dict, measured: list[Measured], projections: list[Projecti
     origin = "measured on these devices" if record["link"] == "measured" else "assumed: there is one device"
     sections = [title, Text(setting, "dim"), "", _measured_table(measured), ""]
     sections += [Text(f"{name}: {BOUNDARIES[name]}", "dim") for name in _shown(measured[0])]
-    sections.append(Text("x: how often its time goes into that of the first device alone", "dim"))
+    sections.append(Text("x: the time of the first device alone, divided by this one's", "dim"))
     if profiled := _profiled(measured):
         sections += ["", _communication_table(measured), ""]
         sections += [Text(f"{name}: {BOUNDARIES[name]}", "dim") for name in profiled]

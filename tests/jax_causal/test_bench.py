@@ -102,6 +102,32 @@ def test_prompts_are_full_but_the_short_one(pipe, monkeypatch):
     assert positions // 8 > 0
 
 
+def test_a_rollout_is_begun_whole_before_anything_is_waited_for(pipe, monkeypatch):
+    """The device would stand still while the host begins what comes behind."""
+    happened = []
+
+    def recorded(module, name, what):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: (happened.append(what), function(*args))[1])
+
+    roll = bench._Bench(pipe, 21, 8, 8, repeats=1, seed=0)._roller()
+    recorded(rollout, "denoise_block", "pass")
+    recorded(rollout, "write_context", "pass")
+    recorded(jax, "block_until_ready", "wait")
+    full, without = roll()
+    assert 0 < without <= full
+    blocks = len(list(rollout.block_sizes(6, SMALL.sampler)))
+    assert happened == ["wait", *["pass"] * (2 * blocks), "wait", "wait"]
+
+
+def test_given_ceilings_are_not_measured_again(pipe, monkeypatch):
+    monkeypatch.setattr(bench_ceilings, "measure_ceilings", None)
+    ceilings = bench_ceilings.Ceilings(*[(2.0, 2.0, 2.0)] * 3)
+    (row,) = bench.run(pipe, repeats=1, only=["rollout"], ceilings=ceilings)
+    spec = rollout.RolloutSpec.create(SMALL.transformer, SMALL.sampler, (2, 3), 4)
+    assert row.floor == bench_ceilings.rollout_operations(spec, 4, last_context=True).total / 2
+
+
 def test_rows_that_decode_compile_no_decoder_of_their_own(pipe):
     """The first frame, the rest of its block and a regular chunk: a minute of compiling on a GPU."""
     params = {name: pipe.params[name] for name in ("transformer", "vae")}

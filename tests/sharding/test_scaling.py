@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_causal import attention, bench, bench_profile, cli, environment, peer_memory, rollout
+from jax_causal import attention, bench, bench_ceilings, bench_profile, cli, environment, peer_memory, rollout
 from jax_causal.bench_rows import COMMUNICATION, Row
 from jax_causal.config import PRESETS, SamplerConfig, TransformerConfig, VAEConfig
 from jax_causal.rollout import RolloutSpec
@@ -180,9 +180,14 @@ def command(*argv) -> int:
 def test_command(tmp_path, capsys, monkeypatch):
     # Of two devices: collectives in a rollout, and what of them is exposed. A CPU's profile does not show them.
     monkeypatch.setattr(bench_profile, "communication", lambda run: [(0.6, 0.06), (1.2, 0.18)])
+    ceilings, measure = [], bench_ceilings.measure_ceilings
+    monkeypatch.setattr(
+        bench_ceilings, "measure_ceilings", lambda *x, **y: ceilings.append(measure(*x, **y)) or ceilings[0]
+    )
     path = tmp_path / "scaling.json"
     argv = ("--scaling", "--devices", 2, "--strategy", "ring", "--only", "rollout", "--project", 4)
     assert command(*argv, "--json", path) == 0
+    assert len(ceilings) == 1  # for all that is measured
     text = " ".join(capsys.readouterr().out.split())
     assert "Projection of the rollout, not a measurement" in text
     assert "measured on these devices" in text
