@@ -171,7 +171,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--scaling",
         action="store_true",
-        help="measure one device and every strategy on --devices (default: all), and project to more",
+        help="measure each of --devices (default: all) alone and every strategy on all, and project to more",
     )
     group.add_argument(
         "--project",

@@ -76,7 +76,7 @@ class Measured:
     @property
     def label(self) -> str:
         if self.way is None:
-            return f"single, device {self.number}" if self.number else "single"
+            return f"single (device {self.number})" if self.number else "single"
         return self.way.label
 
     @property

@@ -85,7 +85,7 @@ def test_every_device_is_measured_alone(monkeypatch):
     first, second, third = devices = jax.devices()[:3]
     scaling = Scaling(SMALL, "float32", INPUTS, LIMITS)
     found = [scaling.single(), *scaling.others(devices)]
-    assert [one.label for one in found] == ["single", "single, device 1", "single, device 2"]
+    assert [one.label for one in found] == ["single", "single (device 1)", "single (device 2)"]
     assert used == [(first, ROWS), (second, ("rollout",)), (third, ("rollout",))]
     assert not list(Scaling(SMALL, "float32", INPUTS, LIMITS, rows=("first_frame",)).others(devices))
 
@@ -202,7 +202,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert "ring 2 150.000 ms 20.000 ms" in text
     assert set(rows) == {
         ("single", 1, "rollout"),
-        ("single, device 1", 1, "rollout"),
+        ("single (device 1)", 1, "rollout"),
         ("ring", 2, "rollout"),
     }
     for way, devices, name in rows:
@@ -234,7 +234,7 @@ def test_everything_is_measured_unless_a_strategy_is_named(tmp_path, capsys, mon
     gathers = ["gather", "gather, keys in 8", "gather, no overlap"]
     measured = list(dict.fromkeys((row["strategy"], row["devices"]) for row in record["rows"]))
     several = [(name, 2) for name in [*gathers, "ring", "ulysses"]]
-    assert measured == [("single", 1), *several, ("single, device 1", 1)]
+    assert measured == [("single", 1), *several, ("single (device 1)", 1)]
     calibrated = {
         p["strategy"]: p["calibrated_s"] is not None for p in record["projection"] if p["devices"] == 8
     }
@@ -243,7 +243,7 @@ def test_everything_is_measured_unless_a_strategy_is_named(tmp_path, capsys, mon
     # Forms of gather decode as gather does, and all devices as the first: of them the rollout is measured alone.
     for label, expected in {
         "single": set(ROWS),
-        "single, device 1": {"rollout"},
+        "single (device 1)": {"rollout"},
         "gather": set(ROWS),
         "gather, no overlap": {"rollout"},
         "ring": set(ROWS),
