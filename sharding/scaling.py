@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
 
 import jax
 import jax.numpy as jnp
@@ -67,21 +68,32 @@ class Way:
 @dataclasses.dataclass(frozen=True)
 class Measured:
     """Rows of one way of running, by name: `ROWS`, and `COMMUNICATION` where a profile shows it; `way` is None for one
-    device, which has a `number`."""
+    device, which has a `number`, and may be measured `again`."""
 
     way: Way | None
     rows: dict[str, Row]
     number: int = 0
+    again: bool = False
 
     @property
     def label(self) -> str:
         if self.way is None:
-            return f"single (device {self.number})" if self.number else "single"
+            single = f"single (device {self.number})" if self.number else "single"
+            return f"{single}, again" if self.again else single
         return self.way.label
 
     @property
     def devices(self) -> int:
         return 1 if self.way is None else self.way.strategy.devices
+
+
+def alone(measured: Sequence[Measured]) -> dict[str, float]:
+    """Seconds of one device alone by row: the mean of all devices that were measured, each the mean of its medians."""
+    medians = {}
+    for one in measured:
+        for name, row in one.rows.items() if one.way is None else ():
+            medians.setdefault(name, {}).setdefault(one.number, []).append(row.median)
+    return {name: fmean(map(fmean, devices.values())) for name, devices in medians.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,11 +199,13 @@ class Scaling:
         self.progress("one device")
         return Measured(None, self._rows(SingleDevice(), self.rows))
 
-    def others(self, devices: Sequence[jax.Device]) -> Iterator[Measured]:
-        """The rollout on each of the others alone: cards differ, and several are as fast as the slowest of them."""
-        for number, device in enumerate(devices[1:] if "rollout" in self.rows else [], 1):
+    def each(self, devices: Sequence[jax.Device]) -> Iterator[Measured]:
+        """The rollout on each of several devices alone, the first one again: cards differ, and are slower when warm. So
+        a device is measured before and after what it is compared with."""
+        for number, device in enumerate(devices if len(devices) > 1 and "rollout" in self.rows else []):
             self.progress(f"device {number} alone")
-            yield Measured(None, self._rows(SingleDevice(device=device), ["rollout"]), number)
+            rows = self._rows(SingleDevice(device=device), ["rollout"])
+            yield Measured(None, rows, number, again=number == 0)
 
     def measure(self, way: Way, devices: Sequence[jax.Device]) -> Measured:
         """A way of running on the devices: of forms of a strategy the rollout alone, for they decode alike."""

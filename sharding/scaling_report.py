@@ -15,8 +15,13 @@ from jax_causal.generate import Job
 from jax_causal.outputs import json_writer
 from jax_causal.parallel import SingleDevice
 from sharding.mesh import pick_devices
-from sharding.scaling import HOW, ROWS, Measured, Projection, Scaling, Way
+from sharding.scaling import HOW, ROWS, Measured, Projection, Scaling, Way, alone
 from sharding.strategies import Link
+
+FASTER = (
+    "the time of one device alone, divided by this one's: the mean over all devices that were measured alone, the "
+    "first of them before and after the rest"
+)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -59,25 +64,25 @@ def run(args: argparse.Namespace) -> None:
         "repeats": args.repeats,
         "weights": "random",
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "how": HOW,
+        "how": HOW | {"speedup": FASTER},
     }
 
     def keep(last: bool = False) -> None:
         """Writes down what is known so far: the rest may take long, or fail."""
         record["rows"] = _rows(measured)
         record["boundaries"] = {name: BOUNDARIES[name] for name in (*rows, *_profiled(measured))}
-        record["projection"] = _projected(projections, measured[0])
+        record["projection"] = _projected(projections, alone(measured))
         if last or args.json != "-":
             write_json(record)
 
     def measure() -> Iterator[Measured]:
         yield scaling.single()
         yield from (scaling.measure(way, devices) for way in here)
-        yield from scaling.others(devices)
+        yield from scaling.each(devices)
 
     for one in measure():
         measured.append(one)
-        note(_line(one, measured[0]))
+        note(_line(one, alone(measured)))
         keep()
     link, source = scaling.link(devices)
     record |= {
@@ -99,14 +104,13 @@ def run(args: argparse.Namespace) -> None:
         report(*_sections(record, measured, projections, link))
 
 
-def _line(one: Measured, single: Measured) -> str:
+def _line(one: Measured, single: dict[str, float]) -> str:
     """What was found of one way of running, as soon as it is known."""
     found = []
     for name in _shown(one):
-        row, alone = one.rows[name], single.rows[name].median
-        found.append(
-            f"{name} {_seconds(row.median)} ({_seconds(row.min)} to {_seconds(row.max)}; {alone / row.median:.2f} x)"
-        )
+        row = one.rows[name]
+        faster = f"{single[name] / row.median:.2f} x"
+        found.append(f"{name} {_seconds(row.median)} ({_seconds(row.min)} to {_seconds(row.max)}; {faster})")
     found += [f"{name} {one.rows[name].median * 1e3:.3f} ms" for name in COMMUNICATION if name in one.rows]
     return f"{one.label}, {one.devices} device{'s' * (one.devices > 1)}: {', '.join(found)}"
 
@@ -123,11 +127,11 @@ def _kind(way: Way) -> tuple:
 
 def _rows(measured: list[Measured]) -> list[dict]:
     """Every row with the way it was run, and how much faster than one device it is, where that was measured too."""
-    single = measured[0].rows
+    single = alone(measured)
     return [
         {"strategy": one.label, "devices": one.devices}
         | row.to_json()
-        | {"speedup": single[name].median / row.median if name in single else None}
+        | {"speedup": single[name] / row.median if name in single else None}
         for one in measured
         for name, row in one.rows.items()
     ]
@@ -138,8 +142,7 @@ def _profiled(measured: list[Measured]) -> list[str]:
     return [name for name in COMMUNICATION if any(name in one.rows for one in measured)]
 
 
-def _projected(projections: list[Projection], single: Measured) -> list[dict]:
-    alone = single.rows["rollout"].median
+def _projected(projections: list[Projection], single: dict[str, float]) -> list[dict]:
     return [
         {
             "strategy": p.way.label,
@@ -147,11 +150,11 @@ def _projected(projections: list[Projection], single: Measured) -> list[dict]:
             "share_s": p.share,
             "sending_s": p.sending,
             "together_s": p.together,
-            "together_speedup": alone / p.together,
+            "together_speedup": single["rollout"] / p.together,
             "measured_s": p.measured,
             "exposed": p.exposed,
             "calibrated_s": p.calibrated,
-            "calibrated_speedup": p.calibrated and alone / p.calibrated,
+            "calibrated_speedup": p.calibrated and single["rollout"] / p.calibrated,
         }
         for p in projections
     ]
@@ -172,7 +175,7 @@ def _sections(record: dict, measured: list[Measured], projections: list[Projecti
     origin = "measured on these devices" if record["link"] == "measured" else "assumed: there is one device"
     sections = [title, Text(setting, "dim"), "", _measured_table(measured), ""]
     sections += [Text(f"{name}: {BOUNDARIES[name]}", "dim") for name in _shown(measured[0])]
-    sections.append(Text("x: the time of the first device alone, divided by this one's", "dim"))
+    sections.append(Text(f"x: {FASTER}", "dim"))
     if profiled := _profiled(measured):
         sections += ["", _communication_table(measured), ""]
         sections += [Text(f"{name}: {BOUNDARIES[name]}", "dim") for name in profiled]
@@ -187,13 +190,13 @@ def _sections(record: dict, measured: list[Measured], projections: list[Projecti
 
 
 def _measured_table(measured: list[Measured]) -> Table:
-    names, single = _shown(measured[0]), measured[0].rows
+    names, single = _shown(measured[0]), alone(measured)
     table = _table("measured", "devices", *(cell for name in names for cell in (name, "")))
     for one in measured:
         cells = []
         for name in names:
             own = one.rows[name].median if name in one.rows else None
-            cells += ["", ""] if own is None else [_seconds(own), f"{single[name].median / own:.2f} x"]
+            cells += ["", ""] if own is None else [_seconds(own), f"{single[name] / own:.2f} x"]
         table.add_row(one.label, str(one.devices), *cells)
     return table
 

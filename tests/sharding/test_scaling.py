@@ -18,7 +18,7 @@ from sharding import scaling_report
 from sharding.compiled import abstract_block, device_bytes
 from sharding.hlo import Program
 from sharding.link import measure_link
-from sharding.scaling import ROWS, Measured, Scaling, Way
+from sharding.scaling import ROWS, Measured, Scaling, Way, alone
 from sharding.sequence_parallel import Sharded
 from sharding.share import Share
 from sharding.strategies import Link, Strategy
@@ -72,7 +72,7 @@ def test_a_share_is_what_one_device_does(case):
 
 
 def test_every_device_is_measured_alone(monkeypatch):
-    """On its own: weights and cache lie there."""
+    """On its own: weights and cache lie there. The first one before the others and after them."""
     used = []
 
     def run(pipe, *, only, **options):
@@ -84,10 +84,28 @@ def test_every_device_is_measured_alone(monkeypatch):
     monkeypatch.setattr(bench, "run", run)
     first, second, third = devices = jax.devices()[:3]
     scaling = Scaling(SMALL, "float32", INPUTS, LIMITS)
-    found = [scaling.single(), *scaling.others(devices)]
-    assert [one.label for one in found] == ["single", "single (device 1)", "single (device 2)"]
-    assert used == [(first, ROWS), (second, ("rollout",)), (third, ("rollout",))]
-    assert not list(Scaling(SMALL, "float32", INPUTS, LIMITS, rows=("first_frame",)).others(devices))
+    found = [scaling.single(), *scaling.each(devices)]
+    assert [one.label for one in found] == [
+        "single",
+        "single, again",
+        "single (device 1)",
+        "single (device 2)",
+    ]
+    assert used == [(first, ROWS), *((device, ("rollout",)) for device in (first, second, third))]
+    assert not list(scaling.each(devices[:1]))
+    assert not list(Scaling(SMALL, "float32", INPUTS, LIMITS, rows=("first_frame",)).each(devices))
+
+
+def test_devices_alone_count_alike():
+    """However often each was measured; what is shared does not count."""
+    ring = Measured(Way(Strategy("ring", 2, 1), "ring"), _rows(9.0))
+    found = [
+        Measured(None, _rows(3.0)),
+        ring,
+        Measured(None, _rows(5.0), again=True),
+        Measured(None, _rows(6.0), 1),
+    ]
+    assert [alone(found[:end]) for end in (1, 3, 4)] == [{"rollout": x} for x in (3, 4, 5)]
 
 
 def test_link_is_measured():
@@ -117,8 +135,8 @@ def test_projection_by_hand(monkeypatch):
     four = scaling.project(there, link, calibration=two)
     assert four.sending == pytest.approx(6 * (0.01 + 8192 * 3 / 4 / 8192))
     assert four.calibrated == pytest.approx(0.375 + 4.56 * 1.25 / 3.06)
-    alone = scaling.project(there, link)
-    assert (alone.exposed, alone.calibrated) == (None, None)
+    uncalibrated = scaling.project(there, link)
+    assert (uncalibrated.exposed, uncalibrated.calibrated) == (None, None)
 
 
 def test_ways():
@@ -200,14 +218,11 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert [shown[x] for x in ("median", "min", "max")] == pytest.approx([0.02, 0.01, 0.03])
     assert (total["unit"], total["speedup"]) == ("s", None)
     assert "ring 2 150.000 ms 20.000 ms" in text
-    assert set(rows) == {
-        ("single", 1, "rollout"),
-        ("single (device 1)", 1, "rollout"),
-        ("ring", 2, "rollout"),
-    }
-    for way, devices, name in rows:
-        row = rows[way, devices, name]
-        assert row["speedup"] == pytest.approx(rows["single", 1, name]["median"] / row["median"])
+    medians = {(way, devices): row["median"] for (way, devices, _), row in rows.items()}
+    assert set(medians) == {("single", 1), ("single, again", 1), ("single (device 1)", 1), ("ring", 2)}
+    first, again, other = (medians[way, 1] for way in ("single", "single, again", "single (device 1)"))
+    for row in rows.values():
+        assert row["speedup"] == pytest.approx(((first + again) / 2 + other) / 2 / row["median"])
         assert f"{row['speedup']:.2f} x" in text
     assert {"link_latency_s", "link_bandwidth_bytes_per_s", "how"} <= set(record)
     assert set(record["boundaries"]) == {"rollout", *COMMUNICATION}
@@ -234,7 +249,7 @@ def test_everything_is_measured_unless_a_strategy_is_named(tmp_path, capsys, mon
     gathers = ["gather", "gather, keys in 8", "gather, no overlap"]
     measured = list(dict.fromkeys((row["strategy"], row["devices"]) for row in record["rows"]))
     several = [(name, 2) for name in [*gathers, "ring", "ulysses"]]
-    assert measured == [("single", 1), *several, ("single (device 1)", 1)]
+    assert measured == [("single", 1), *several, ("single, again", 1), ("single (device 1)", 1)]
     calibrated = {
         p["strategy"]: p["calibrated_s"] is not None for p in record["projection"] if p["devices"] == 8
     }
@@ -277,7 +292,7 @@ def test_rows_that_are_not_asked_for_are_not_measured(tmp_path, capsys, monkeypa
     path = tmp_path / "scaling.json"
     argv = ("--scaling", "--devices", 2, "--strategy", "ring", "--only", "rollout", "--project", 0)
     assert command(*argv, "--json", path) == 0
-    assert asked == [("rollout",), ("rollout", *COMMUNICATION), ("rollout",)]
+    assert asked == [("rollout",), ("rollout", *COMMUNICATION), ("rollout",), ("rollout",)]
     record = json.loads(path.read_text())
     assert set(record["boundaries"]) == {"rollout", *COMMUNICATION}
     assert "first_frame" not in "".join(capsys.readouterr())
