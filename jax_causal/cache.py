@@ -212,6 +212,10 @@ class KVCache:
         put = jax.lax.dynamic_update_index_in_dim
         return KVCache(put(self.k, k, layer, 0), put(self.v, v, layer, 0))
 
+    def layer(self, layer: int) -> KVCache:
+        """That of one layer, where layers are unrolled."""
+        return KVCache(self.k[layer : layer + 1], self.v[layer : layer + 1], self.reach)
+
     def read(self, layer) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B, P, K/P, N, D] of one layer, valid or not."""
         if isinstance(self.k, tuple):

@@ -43,7 +43,7 @@ def rotate_into_cache(
     peers: Peers | None = None,
     received=None,
     reach: Reach | None = None,
-    layer: int = 0,
+    layer=0,
 ):
     """Queries and keys normalised over all heads jointly and rotated, these and the values written to the cache.
 
@@ -61,7 +61,7 @@ def rotate_into_cache(
       received: `v` of the peer, where there is one and its values have travelled already. Without, they travel by the
         kernel.
       reach: where peers are written to: from `peer_memory.reach`, or from the layer before.
-      layer: the number of this one there.
+      layer: the number of this one there, int32 [].
 
     Returns:
       Rotated queries [B, F, m, N, D], keys and values of the cache, and `reach` for the next layer.

@@ -90,7 +90,8 @@ class Parallel(Protocol):
         layout: CacheLayout,
         eps: float,
     ):
-        """Norms of queries and keys, and `attend_cached`, from what `fused_rotation.rotate_into_cache` takes."""
+        """Norms of queries and keys, and `attend_cached`, from what `fused_rotation.rotate_into_cache` takes. `cache`
+        is of this layer alone, and `layer` its number (int32 [])."""
 
     def attend(self, q, k, v, table, tokens: int, frame_mask=None):
         """Rotates q and k, then attends; `frame_mask` bool [F, F] says which frames see which (None: all).
@@ -184,10 +185,10 @@ class SingleDevice:
         from jax_causal import fused_rotation
 
         q, *held, _ = fused_rotation.rotate_into_cache(
-            qk, v, scales, table, *cache.read(layer), placement.slots, eps=eps
+            qk, v, scales, table, *cache.read(0), placement.slots, eps=eps
         )
-        cache = cache.replace_layer(layer, *held)
-        return self._attend_to(cache, layer, q, placement, layout), cache
+        cache = cache.replace_layer(0, *held)
+        return self._attend_to(cache, 0, q, placement, layout), cache
 
     def _attend_to(self, cache, layer, q, placement, layout):
         keys, values = cache.read(layer)

@@ -10,6 +10,7 @@ runs faster and compiles more slowly; there q, k and v of self-attention are one
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -127,21 +128,7 @@ class CausalDiT(nnx.Module):
         table = parallel.rope(placement.frames, *grid, config.head_dim)
         sizes = grid[0] * grid[1], config.num_heads, config.head_dim, self.patch_embedding.kernel.dtype
         if isinstance(self.blocks, nnx.List) and not self.remat and parallel.fuses(*sizes):
-
-            def attend_product(projections, y, layer, cache):
-                # Values first: they may travel while queries and keys are multiplied. Without the barrier XLA would
-                # make one product of the two.
-                v, y = jax.lax.optimization_barrier((projections.v(y), y))
-                qk, v = (parallel.constrain(x, ACTIVATION) for x in (projections.qk(y), v))
-                qk = qk.reshape(*y.shape[:-1], 2, config.num_heads, -1)
-                v = v.reshape(*y.shape[:-1], config.num_heads, -1)
-                scales = projections.norm_q.scale[...], projections.norm_k.scale[...]
-                return parallel.attend_product(
-                    qk, v, scales, table, cache, layer, placement, layout, config.eps
-                )
-
-            cache = parallel.begin_pass(cache, layout.tokens)
-            x, e, cache = self._run_fused(x, t, text, attend_product, cache, parallel)
+            x, e, cache = self._run_fused(x, t, text, table, cache, placement, layout, parallel)
             return self.head(x, e), cache
 
         def attend(q, k, v, layer, cache):
@@ -217,15 +204,19 @@ class CausalDiT(nnx.Module):
         e, e0 = (_per_frame(y, x.shape[1]) for y in self.embed_time(t))
         return parallel.constrain(self.patch_embedding(x), ACTIVATION), e, e0
 
-    def _run_fused(self, x, t, text, attend, carry, parallel):
-        """`_run` by `Block.fused`."""
+    def _run_fused(self, x, t, text, table, cache, placement, layout, parallel):
+        """`_run` by `Block.fused`, against a cache."""
         x, e, e0 = self._embed(x, t, parallel)
-        pending = None
+        cache, pending = parallel.begin_pass(cache, layout.tokens), None
         for layer, block in enumerate(self.blocks):
-            attend_here = functools.partial(attend, layer=layer, cache=carry)
-            x, pending, carry = block.fused(x, pending, e0, text.layer(layer), attend_here, parallel)
-        out, (param, row) = pending
-        return x + (param[row] + e0[:, :, row])[:, :, None] * out, e, carry
+            x, pending, one = _fused_layer(
+                *nnx.split(block), x, pending, e0, text.layer(layer), cache.layer(layer), jnp.int32(layer),
+                table, placement, layout=layout, heads=self.config.num_heads, parallel=parallel,
+            )  # fmt: skip
+            cache = dataclasses.replace(cache.replace_layer(layer, *one.read(0)), reach=one.reach)
+        out, param = pending
+        x = x + (param[5] + e0[:, :, 5])[:, :, None] * out
+        return x, e, dataclasses.replace(cache, reach=None)
 
     def _run(self, x, t, text, attend, carry, parallel):
         """Embeddings and all blocks: (x [B, F, S, E], e [B, F, E], carry)."""
@@ -299,6 +290,26 @@ def init(config: TransformerConfig, key, dtype=jnp.float32) -> dict:
 def abstract(config: TransformerConfig, dtype=jnp.float32) -> dict:
     """Shapes of the stacked parameters, the form of checkpoints."""
     return modules.abstract(CausalDiT, config, dtype=dtype)
+
+
+# Traced once for all layers but the first, which has nothing pending.
+@functools.partial(jax.jit, static_argnames=("graphdef", "layout", "heads", "parallel"))
+def _fused_layer(
+    graphdef, params, x, pending, time, text, cache, layer, table, placement, *, layout, heads, parallel
+):
+    """`Block.fused` of one layer; `layer` is its number, and `cache` of it alone."""
+    block = nnx.merge(graphdef, params)
+
+    def attend(projections, y):
+        # Values first: they may travel while queries and keys are multiplied. Without the barrier XLA would make one
+        # product of the two.
+        v, y = jax.lax.optimization_barrier((projections.v(y), y))
+        qk, v = (parallel.constrain(x, ACTIVATION) for x in (projections.qk(y), v))
+        qk, v = (x.reshape(*y.shape[:-1], *shape, -1) for x, shape in ((qk, (2, heads)), (v, (heads,))))
+        scales = projections.norm_q.scale[...], projections.norm_k.scale[...]
+        return parallel.attend_product(qk, v, scales, table, cache, layer, placement, layout, block.eps)
+
+    return block.fused(x, pending, time, text, attend, parallel)
 
 
 def unroll(params: dict, *, consume: bool = False) -> dict:

@@ -159,7 +159,8 @@ class Block(nnx.Module):
     def fused(self, x, pending, time, text, attend, parallel: Parallel):
         """`__call__` by `Parallel.add_norm`, with the last sum left to the next block.
 
-        `pending` is the block before's, None for the first; `attend` is (projections, y) -> (out, carry).
+        `pending` is the block before's: what its MLP gives, and the modulation whose last row gates that; None for the
+        first. `attend` is (projections, y) -> (out, carry).
 
         Returns:
           x, what is pending, and the carry.
@@ -168,8 +169,9 @@ class Block(nnx.Module):
 
         norm = functools.partial(parallel.add_norm, time=time, eps=self.eps)
         own, affine = self.modulation[...], (self.norm3.scale[...], self.norm3.bias[...])
+        last, gate = (None, None) if pending is None else (pending[0], (pending[1], 5))
         with jax.named_scope("self_attention"):
-            x, y = norm(x, *(pending or (None, None)), own, rows=Rows(scale=1, shift=0))
+            x, y = norm(x, last, gate, own, rows=Rows(scale=1, shift=0))
             out, carry = attend(self.self_attn, y)
             out = self.self_attn.output(out)
         with jax.named_scope("cross_attention"):
@@ -177,7 +179,7 @@ class Block(nnx.Module):
             x = x + self.cross_attn.output(parallel.attend_text(self.cross_attn.query(y), *text))
         with jax.named_scope("mlp"):
             x, y = norm(x, None, None, own, rows=Rows(scale=4, shift=3))
-            return x, (self.ffn(y), (own, 5)), carry
+            return x, (self.ffn(y), own), carry
 
 
 class Head(nnx.Module):

@@ -47,27 +47,25 @@ def begin_pass(keys, values, *, peers):
     return peer_memory.reach(peers, keys, values, jnp.full(len(keys), zero))
 
 
-def attend(
-    qk, v, scales, table, keys, values, reach, slots, held, *, peers, eps, layout, layer, last, backend
-):
+def attend(qk, v, scales, table, keys, values, reach, layer, slots, held, *, peers, eps, layout, backend):
     """Attention of a block against the cache of a layer, with the block in it.
 
     Arguments are those of `fused_rotation.rotate_into_cache`; `held` frames are attended to.
 
     Returns:
-      [B, F, m, N, D], keys and values of the cache, and `reach` if layers follow that need it.
+      [B, F, m, N, D], keys and values of the cache, and `reach` for the next layer.
     """
     from jax_causal import fused_rotation
 
     received = None
     if peers.axis is not None and peers.count == 2:
-        if layer == 0:  # or XLA makes one permute of this and that before the pass
-            v, counts = lax.optimization_barrier((v, reach.counts))
-            reach = reach._replace(counts=counts)
+        # Or XLA makes one permute of the first layer's and that before the pass.
+        v, counts = lax.optimization_barrier((v, reach.counts))
+        reach = reach._replace(counts=counts)
         received = lax.ppermute(v, peers.axis, [(0, 1), (1, 0)])
     q, keys, values, reach = fused_rotation.rotate_into_cache(
         qk, v, scales, table, keys, values, slots,
         eps=eps, peers=peers, received=received, reach=reach, layer=layer,
     )  # fmt: skip
     out = causal_rope_sp.attend_held(q, keys, values, layout.part_length(held), backend)
-    return out, keys, values, None if last else reach
+    return out, keys, values, reach

@@ -254,23 +254,15 @@ class Sharded:
     def attend_product(self, qk, v, scales, table, cache, layer, placement, layout, eps):
         if (peers := self._peers(layout.tokens)) is None:
             q, k = direct.normalise(qk, scales, eps)
-            return self.attend_cached(q, k, v, table, cache, layer, placement, layout)
-        body = functools.partial(
-            direct.attend,
-            peers=peers,
-            eps=eps,
-            layout=layout,
-            layer=layer,
-            last=layer == len(cache.k) - 1,
-            backend=self.backend,
-        )
+            return self.attend_cached(q, k, v, table, cache, 0, placement, layout)
+        body = functools.partial(direct.attend, peers=peers, eps=eps, layout=layout, backend=self.backend)
         tokens, pairs, cached = (self._spec(x) for x in (QKV, (*QKV, None), self._cache_names[1:]))
         reach = P(self.mesh.axis_names)
-        in_specs = (pairs, tokens, P(), self._spec(TABLE), cached, cached, reach, P(), P())
+        in_specs = (pairs, tokens, P(), self._spec(TABLE), cached, cached, reach, P(), P(), P())
         run = self._shard_map(body, in_specs, (tokens, cached, cached, reach), check_vma=False)
-        numbers = jnp.asarray(placement.slots), jnp.asarray(placement.held)
-        out, *both, reach = run(qk, v, scales, table, *cache.read(layer), cache.reach, *numbers)
-        return out, dataclasses.replace(cache.replace_layer(layer, *both), reach=reach)
+        numbers = layer, jnp.asarray(placement.slots), jnp.asarray(placement.held)
+        out, *both, reach = run(qk, v, scales, table, *cache.read(0), cache.reach, *numbers)
+        return out, dataclasses.replace(cache.replace_layer(0, *both), reach=reach)
 
     def begin_pass(self, cache, tokens):
         peers = self._peers(tokens)

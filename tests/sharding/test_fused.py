@@ -1,5 +1,6 @@
 """Layers by fused kernels under every strategy, the kernels' plain forms in their place: goldens and gradients."""
 
+import collections
 import dataclasses
 import re
 
@@ -30,16 +31,19 @@ pytestmark = pytest.mark.sp
 
 @pytest.fixture
 def peers(monkeypatch):
-    """In order, the beginnings of passes and the layers of them that write to peers, with these."""
-    found = []
+    """How often, on all devices, a pass was begun and a layer written to peers: ("begin" or "layer", these)."""
+    found = collections.Counter()
+
+    def count(*what):
+        jax.debug.callback(lambda: found.update([what]))
 
     def reach(peers, keys, values, zeros):
-        found.append(("begin", peers))
+        count("begin", peers)
         addresses = jnp.zeros((peers.count, 2 * len(keys) + 1, 2), jnp.int32)
         return keys, values, peer_memory.Reach(addresses, zeros)
 
     def rotate(eps, peers, products, scales, factors, written, numbers):
-        found.append(("layer", peers))
+        count("layer", peers)
         keys, values, *counts = written
         return *fused_rotation.plain_rotate(
             eps, peers, products, scales, factors, keys, values, numbers[0]
@@ -72,11 +76,12 @@ def test_golden_rollout(peers, name, strategy, devices, direct):
     golden = GoldenRollout(name, parallel=parallel, unrolled=True)
     np.testing.assert_allclose(golden.run(), golden.data["latents"], atol=ATOL)
     golden.check_cache(ATOL)
-    writes = strategy == "gather" and direct
-    assert {(p.count, p.axis) for _, p in peers} == ({(devices, "seq")} if writes else set())
-    # Every pass, the context pass too.
-    each, what = ["begin", *["layer"] * config.num_layers], [what for what, _ in peers]
-    assert what == each * (len(what) // len(each))
+    jax.effects_barrier()
+    # In every pass, the context pass too.
+    passes = len(list(golden.blocks())) * (len(golden.sampler.steps) + 1) + len(list(golden.initial_blocks()))
+    each = {"begin": devices * passes, "layer": devices * passes * config.num_layers}
+    of = Peers(devices, golden.spec.layout.tokens, "seq")
+    assert peers == ({(what, of): n for what, n in each.items()} if strategy == "gather" and direct else {})
 
 
 def test_who_can_send(monkeypatch):
@@ -141,6 +146,7 @@ def _gradients(parallel):
 def test_gradients(peers, strategy):
     expected = _gradients(SingleDevice(unroll=True))
     found = _gradients(SequenceParallel(2, strategy, unroll=True).for_model(seeded.MODEL))
+    jax.effects_barrier()
     assert bool(peers) == (strategy == "gather")
     for x, right in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         assert np.linalg.norm(x - right) <= 1e-5 * np.linalg.norm(right)

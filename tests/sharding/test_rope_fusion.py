@@ -103,6 +103,11 @@ def test_our_kernel_needs_no_kernel_for_small_operands(program):
     own = set.union(*small) - set.intersection(*small)
     # A tuple is what is left of a barrier, around counts from the custom call that begins the pass.
     assert {around[name].opcode for name in own} <= {"constant", "parameter", "custom-call", "tuple"}
+    constants = [
+        [around[name].arguments for name in kernel.operands if around[name].opcode == "constant"]
+        for kernel in kernels
+    ]
+    assert constants == [[f"{{{layer}}}"] for layer in range(SCRIPT.LAYERS)]
 
 
 @OURS
