@@ -23,7 +23,7 @@ from jax_causal import flow, modules
 from jax_causal.cache import CacheLayout, KVCache, Placement
 from jax_causal.config import TransformerConfig
 from jax_causal.parallel import Parallel
-from jax_causal.transformer_layers import ACTIVATION, MLP, Block, Head, gelu
+from jax_causal.transformer_layers import ACTIVATION, MLP, MLP_GATE, Block, Head, gelu
 
 
 class TextKV(NamedTuple):
@@ -211,11 +211,11 @@ class CausalDiT(nnx.Module):
         for layer, block in enumerate(self.blocks):
             x, pending, one = _fused_layer(
                 *nnx.split(block), x, pending, e0, text.layer(layer), cache.layer(layer), jnp.int32(layer),
-                table, placement, layout=layout, heads=self.config.num_heads, parallel=parallel,
+                table, placement, layout=layout, parallel=parallel,
             )  # fmt: skip
             cache = dataclasses.replace(cache.replace_layer(layer, *one.read(0)), reach=one.reach)
         out, param = pending
-        x = x + (param[5] + e0[:, :, 5])[:, :, None] * out
+        x = x + (param[MLP_GATE] + e0[:, :, MLP_GATE])[:, :, None] * out
         return x, e, dataclasses.replace(cache, reach=None)
 
     def _run(self, x, t, text, attend, carry, parallel):
@@ -293,9 +293,9 @@ def abstract(config: TransformerConfig, dtype=jnp.float32) -> dict:
 
 
 # Traced once for all layers but the first, which has nothing pending.
-@functools.partial(jax.jit, static_argnames=("graphdef", "layout", "heads", "parallel"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "layout", "parallel"))
 def _fused_layer(
-    graphdef, params, x, pending, time, text, cache, layer, table, placement, *, layout, heads, parallel
+    graphdef, params, x, pending, time, text, cache, layer, table, placement, *, layout, parallel
 ):
     """`Block.fused` of one layer; `layer` is its number, and `cache` of it alone."""
     block = nnx.merge(graphdef, params)
@@ -305,7 +305,8 @@ def _fused_layer(
         # product of the two.
         v, y = jax.lax.optimization_barrier((projections.v(y), y))
         qk, v = (parallel.constrain(x, ACTIVATION) for x in (projections.qk(y), v))
-        qk, v = (x.reshape(*y.shape[:-1], *shape, -1) for x, shape in ((qk, (2, heads)), (v, (heads,))))
+        qk = qk.reshape(*y.shape[:-1], 2, projections.num_heads, -1)
+        v = v.reshape(*y.shape[:-1], projections.num_heads, -1)
         scales = projections.norm_q.scale[...], projections.norm_k.scale[...]
         return parallel.attend_product(qk, v, scales, table, cache, layer, placement, layout, block.eps)
 

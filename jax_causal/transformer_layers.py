@@ -119,6 +119,9 @@ def gelu(x):
     return jax.nn.gelu(x, approximate=True)
 
 
+MLP_GATE = 5  # the row of a block's modulation
+
+
 class Block(nnx.Module):
     """Self-attention, cross-attention and MLP, the first and last modulated per frame by the timestep."""
 
@@ -159,8 +162,8 @@ class Block(nnx.Module):
     def fused(self, x, pending, time, text, attend, parallel: Parallel):
         """`__call__` by `Parallel.add_norm`, with the last sum left to the next block.
 
-        `pending` is the block before's: what its MLP gives, and the modulation whose last row gates that; None for the
-        first. `attend` is (projections, y) -> (out, carry).
+        `pending` is the block before's: what its MLP gives, and the modulation [6, E] whose row `MLP_GATE` gates that;
+        None for the first. `attend` is (projections, y) -> (out, carry).
 
         Returns:
           x, what is pending, and the carry.
@@ -169,7 +172,7 @@ class Block(nnx.Module):
 
         norm = functools.partial(parallel.add_norm, time=time, eps=self.eps)
         own, affine = self.modulation[...], (self.norm3.scale[...], self.norm3.bias[...])
-        last, gate = (None, None) if pending is None else (pending[0], (pending[1], 5))
+        last, gate = (None, None) if pending is None else (pending[0], (pending[1], MLP_GATE))
         with jax.named_scope("self_attention"):
             x, y = norm(x, last, gate, own, rows=Rows(scale=1, shift=0))
             out, carry = attend(self.self_attn, y)
