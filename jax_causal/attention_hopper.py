@@ -20,11 +20,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_causal import attention_tile
+from jax_causal import attention_tile, mosaic
 from jax_causal.attention_plan import CLUSTER, TILE, Plan
 from jax_causal.attention_tile import BLOCK_K, ROWS
 
 WORKERS = TILE // ROWS  # warpgroups that multiply
+NAME = "flash_attention_hopper"
 STAGES = 2  # steps that keys and values are copied ahead
 
 
@@ -117,8 +118,9 @@ def forward(q, k, v, length, log_times, *, plan: Plan, no_keys: float):
             jax.ShapeDtypeStruct((plan.runs, B, plan.shared * TILE, N), jnp.float32),
         ]
     repeats = [] if log_times is None else [log_times]
+    kernel = functools.partial(_kernel, plan=plan, no_keys=no_keys, repeats=bool(repeats))
     return plgpu.kernel(
-        functools.partial(_kernel, plan=plan, no_keys=no_keys, repeats=bool(repeats)),
+        mosaic.named(kernel, NAME),
         out_type=out_type,
         scratch_types=scratch,
         grid=(plan.clusters,),
@@ -129,7 +131,7 @@ def forward(q, k, v, length, log_times, *, plan: Plan, no_keys: float):
         thread_name="warpgroup",
         # Rows are reduced within a warp, which needs no scratch.
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
-        kernel_name="flash_attention_hopper",
+        kernel_name=NAME,
     )(q, k, v, length, jnp.asarray(plan.borders()), *repeats)
 
 

@@ -16,6 +16,8 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import vector
 
+from jax_causal import mosaic
+
 TOKENS = 4  # of a block of threads: one to each warp
 HEAD_DIM = 128  # of what is rotated
 MAX_WIDTH = 2048  # of a row in registers
@@ -50,7 +52,8 @@ def launch(kernel, out_type, grid: dict[str, int], name: str):
     """A function of arrays, and of references that are written in place."""
     # Not `plgpu.kernel`, which in jax 0.10 takes no references.
     mesh = plgpu.Mesh(grid=tuple(grid.values()), grid_names=tuple(grid))
-    return pl.kernel(kernel, out_type, mesh=mesh, compiler_params=plgpu.CompilerParams(), name=name)
+    named = mosaic.named(kernel, name)
+    return pl.kernel(named, out_type, mesh=mesh, compiler_params=plgpu.CompilerParams(), name=name)
 
 
 # In a kernel.
