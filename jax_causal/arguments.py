@@ -165,13 +165,14 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("measuring")
     group.add_argument("--repeats", metavar="N", type=_whole(1), default=5, help="behind every median (5)")
     group.add_argument(
-        "--only", metavar="ROWS", type=_names, help="rows to measure, with commas between (default: all)"
+        "--only", metavar="ROWS", type=split_names, help="rows to measure, with commas between (default: all)"
     )
     group.add_argument("--compare", metavar="FILE", type=Path, help="show ratios to what --json wrote before")
     group.add_argument(
         "--scaling",
         action="store_true",
-        help="measure each of --devices (default: all) alone and every strategy on all, and project to more",
+        help="measure each of --devices (default: all) alone and every strategy on all (or those of --strategy, with "
+        "commas between), and project to more",
     )
     group.add_argument(
         "--project",
@@ -221,8 +222,12 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to score")
-    group.add_argument("--variants", metavar="LIST", type=_names, default=["model"], help="see below (model)")
-    group.add_argument("--sets", metavar="LIST", type=_names, help="of prompts (CPU: held-out; else all)")
+    group.add_argument(
+        "--variants", metavar="LIST", type=split_names, default=["model"], help="see below (model)"
+    )
+    group.add_argument(
+        "--sets", metavar="LIST", type=split_names, help="of prompts (CPU: held-out; else all)"
+    )
     group.add_argument("--limit", metavar="N", type=_whole(1), help="prompts of each set (CPU: 32; else 128)")
     group.add_argument("--seeds", metavar="N", type=_whole(1), help="clips of each prompt (CPU: 1; else 8)")
     group.add_argument("--batch", metavar="N", type=_whole(1), help="clips made at once (CPU: 4; else 32)")
@@ -280,7 +285,7 @@ def _model_arguments(parser: argparse.ArgumentParser):
     return group
 
 
-def _names(text: str) -> list[str]:
+def split_names(text: str) -> list[str]:
     """The words between commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
 

@@ -63,6 +63,17 @@ def init(
     return params
 
 
+def place(config: ModelConfig, params: dict[str, dict], parallel: Parallel) -> dict[str, dict]:
+    """Stacked parameters in the host's memory, by component, to their devices and in the form that they are run in."""
+    placed = {}
+    for component, held in params.items():
+        shardings = parallel.shardings(
+            modules.abstract(COMPONENTS[component], getattr(config, component)), component
+        )
+        placed[component] = _laid_out(component, jax.device_put(held, shardings), parallel)
+    return placed
+
+
 def _laid_out(component: str, params: dict, parallel: Parallel) -> dict:
     """Parameters just made, which nobody else holds, in the form that they are run in."""
     if component == "transformer" and parallel.unrolled:

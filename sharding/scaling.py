@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from statistics import fmean
 
 import jax
 import jax.numpy as jnp
 
-from jax_causal import bench, bench_ceilings, rollout
+from jax_causal import bench, bench_ceilings, components, rollout
 from jax_causal.attention import choose_backend
 from jax_causal.bench_rows import COMMUNICATION, Row
 from jax_causal.config import ModelConfig
@@ -158,18 +158,14 @@ class Scaling:
         self.precision, self.inputs, self.limits = precision, inputs, limits
         self.rows, self.repeats, self.progress = tuple(rows), repeats, progress
 
-    def ways(self, devices: int, only: str | None = None) -> list[Way]:
-        """What is measured on so many devices: every strategy that fits, `gather` under each of its switches.
-
-        Raises ValueError for a strategy in `only` that does not fit.
-        """
+    def ways(self, devices: int, only: Collection[str] | None = None) -> list[Way]:
+        """What is measured on so many devices: every strategy that fits, or those of them in `only`, `gather` under
+        each of its switches."""
         found = fitting(devices, self.config.transformer.num_heads)
         # Where the heads divide, hybrid is ulysses.
         found = {name: s for name, s in found.items() if name != "hybrid" or s.seq > 1}
-        if only is not None and only not in found:
-            raise ValueError(f"{only} is nothing to measure on {devices} devices: use {' or '.join(found)}")
-        ways = [Way(s, name, self._direct(s)) for name, s in found.items() if only in (None, name)]
-        if ways[0].strategy.gathers:
+        ways = [Way(s, name, self._direct(s)) for name, s in found.items() if only is None or name in only]
+        if ways and ways[0].strategy.gathers:
             ways[1:1] = self._forms(ways[0])
         return ways
 
@@ -243,9 +239,17 @@ class Scaling:
         return self._rows(share, ["rollout"])["rollout"].median
 
     def _rows(self, parallel: Parallel, names) -> dict[str, Row]:
-        pipe = Pipeline.random(self.config, dtype=self.precision, parallel=parallel, **self.limits)
+        parallel = parallel.for_model(self.config)
+        params = components.place(self.config, self._params, parallel)
+        pipe = Pipeline(self.config, params, parallel=parallel, **self.limits)
         rows = bench.run(pipe, **self.inputs, repeats=self.repeats, only=names, ceilings=self._ceilings)
         return {row.name: row for row in rows}
+
+    @functools.cached_property
+    def _params(self) -> dict[str, dict]:
+        """In the host's memory: to make them takes longer than to bring them to where they are measured."""
+        params = components.init(self.config, 0, jnp.dtype(self.precision), SingleDevice(unroll=False))
+        return jax.device_get(params)
 
     @functools.cached_property
     def _ceilings(self) -> bench_ceilings.Ceilings:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from rich.table import Table
 from rich.text import Text
 
+from jax_causal.arguments import split_names
 from jax_causal.bench_rows import BOUNDARIES, COMMUNICATION
 from jax_causal.console import note, report
 from jax_causal.generate import Job
@@ -51,16 +52,14 @@ def run(args: argparse.Namespace) -> None:
         repeats=args.repeats,
         progress=lambda what: note(f"measuring {what}"),
     )
-    only = None if args.strategy in (None, "auto") else args.strategy
-    here = scaling.ways(len(devices), only) if len(devices) > 1 else []
-    there = scaling.ways(args.project, only) if args.project else []
-    there = {_kind(way): way for way in there if not way.is_form}
+    only = None if args.strategy in (None, "auto") else split_names(args.strategy)
+    here, there = _ways(scaling, len(devices), args.project, only)
     measured, projections = [], []
     record = job.facts() | {
         "frames": inputs["num_frames"],
         **job.limits,
         "devices": len(devices),
-        "strategy": only or "all",
+        "strategy": ",".join(only or ["all"]),
         "repeats": args.repeats,
         "weights": "random",
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
@@ -102,6 +101,26 @@ def run(args: argparse.Namespace) -> None:
     keep(last=True)
     if args.json != "-":
         report(*_sections(record, measured, projections, link))
+
+
+def _ways(
+    scaling: Scaling, devices: int, more: int, only: list[str] | None
+) -> tuple[list[Way], dict[tuple, Way]]:
+    """What to measure, and by its kind what to project.
+
+    Raises ValueError for a strategy in `only` that is neither.
+    """
+    here = scaling.ways(devices, only) if devices > 1 else []
+    there = scaling.ways(more, only) if more else []
+    for name in only or ():
+        fits, fits_more = (any(way.strategy.name == name for way in ways) for ways in (here, there))
+        if not (fits or fits_more):
+            every = (way for count in (devices, more) if count > 1 for way in scaling.ways(count))
+            found = dict.fromkeys(way.strategy.name for way in every)
+            raise ValueError(f"{name} is nothing to measure on {devices} devices: use {' or '.join(found)}")
+        if devices > 1 and not fits:
+            note(f"{name} does not fit {devices} devices: it is only projected")
+    return here, {_kind(way): way for way in there if not way.is_form}
 
 
 def _line(one: Measured, single: dict[str, float]) -> str:

@@ -10,16 +10,28 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_causal import attention, bench, bench_ceilings, bench_profile, cli, environment, peer_memory, rollout
+from jax_causal import (
+    attention,
+    bench,
+    bench_ceilings,
+    bench_profile,
+    cli,
+    components,
+    environment,
+    peer_memory,
+    rollout,
+)
 from jax_causal.bench_rows import COMMUNICATION, Row
 from jax_causal.config import PRESETS, SamplerConfig, TransformerConfig, VAEConfig
+from jax_causal.parallel import SingleDevice
+from jax_causal.pipeline import Pipeline
 from jax_causal.rollout import RolloutSpec
 from sharding import scaling_report
 from sharding.compiled import abstract_block, device_bytes
 from sharding.hlo import Program
 from sharding.link import measure_link
 from sharding.scaling import ROWS, Measured, Scaling, Way, alone
-from sharding.sequence_parallel import Sharded
+from sharding.sequence_parallel import SequenceParallel, Sharded
 from sharding.share import Share
 from sharding.strategies import Link, Strategy
 from tests.sharding import seeded
@@ -145,11 +157,22 @@ def test_ways():
     names = {n: [way.label for way in scaling.ways(n)] for n in (2, 3, 8)}
     gathers = ["gather", "gather, keys in 8", "gather, no overlap"]
     assert names == {2: [*gathers, "ring", "ulysses"], 3: [*gathers, "ring"], 8: [*gathers, "ring", "hybrid"]}
-    assert [way.label for way in scaling.ways(2, "ring")] == ["ring"]
-    with pytest.raises(ValueError, match="ulysses is nothing to measure on 3 devices: use gather or ring"):
-        scaling.ways(3, "ulysses")
+    assert [way.label for way in scaling.ways(2, ["ring"])] == ["ring"]
+    assert scaling.ways(3, ["ulysses"]) == []
     ring = Scaling(SMALL, "float32", INPUTS, {"window": 2, "sink": 0})
     assert "gather, no overlap" not in [way.label for way in ring.ways(2)]
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_weights_are_placed_as_a_pipeline_has_them(unroll):
+    scaling = Scaling(SMALL, "float32", INPUTS, LIMITS)
+    for parallel in (SingleDevice(unroll=unroll), SequenceParallel(2, "ring", unroll=unroll)):
+        expected = Pipeline.random(SMALL, dtype="float32", parallel=parallel)
+        placed = components.place(scaling.config, scaling._params, expected.parallel)
+        expected = {name: expected.params[name] for name in ("transformer", "vae")}
+        assert jax.tree.all(
+            jax.tree.map(lambda a, b: (a == b).all() and a.sharding == b.sharding, placed, expected)
+        )
 
 
 def test_ways_of_gather_where_a_kernel_sends(monkeypatch):
@@ -160,7 +183,7 @@ def test_ways_of_gather_where_a_kernel_sends(monkeypatch):
     inputs = {"num_frames": 81, "height": 480, "width": 832, "seed": 0}
 
     def ways(preset, devices):
-        return Scaling(PRESETS[preset], "bfloat16", inputs, LIMITS).ways(devices, "gather")
+        return Scaling(PRESETS[preset], "bfloat16", inputs, LIMITS).ways(devices, ["gather"])
 
     assert [(way.label, way.direct, way.overlap) for way in ways("wan-1.3b", 2)] == [
         ("gather", True, True), ("gather, by collectives", False, True), ("gather, no overlap", False, False)
@@ -199,13 +222,15 @@ def test_command(tmp_path, capsys, monkeypatch):
     # Of two devices: collectives in a rollout, and what of them is exposed. A CPU's profile does not show them.
     monkeypatch.setattr(bench_profile, "communication", lambda run: [(0.6, 0.06), (1.2, 0.18)])
     ceilings, measure = [], bench_ceilings.measure_ceilings
+    weights, init = [], components.init
+    monkeypatch.setattr(components, "init", lambda *x, **y: weights.append(init(*x, **y)) or weights[0])
     monkeypatch.setattr(
         bench_ceilings, "measure_ceilings", lambda *x, **y: ceilings.append(measure(*x, **y)) or ceilings[0]
     )
     path = tmp_path / "scaling.json"
     argv = ("--scaling", "--devices", 2, "--strategy", "ring", "--only", "rollout", "--project", 4)
     assert command(*argv, "--json", path) == 0
-    assert len(ceilings) == 1  # for all that is measured
+    assert len(ceilings) == len(weights) == 1  # for all that is measured
     text = " ".join(capsys.readouterr().out.split())
     assert "Projection of the rollout, not a measurement" in text
     assert "measured on these devices" in text
@@ -268,6 +293,21 @@ def test_everything_is_measured_unless_a_strategy_is_named(tmp_path, capsys, mon
     assert "whole past" in shown
     table = [line.split() for line in shown.splitlines()]
     assert ["gather,", "no", "overlap", "2", "3.000", "s", "1.00", "x"] in table
+
+
+def test_strategies_by_name(tmp_path, capsys, monkeypatch):
+    """Those that do not fit the devices that are there are only projected, and the run says so."""
+    rows = {"rollout": Row("rollout", 3.0, 2.0, 4.0, "s")}
+    monkeypatch.setattr(Scaling, "_rows", lambda scaling, parallel, names: rows)
+    path = tmp_path / "scaling.json"
+    argv = ("--scaling", "--devices", 2, "--strategy", "ring, hybrid", "--only", "rollout", "--project", 8)
+    assert command(*argv, "--json", path) == 0
+    record = json.loads(path.read_text())
+    assert record["strategy"] == "ring,hybrid"
+    assert {row["strategy"] for row in record["rows"] if row["devices"] == 2} == {"ring"}
+    projected = [(p["strategy"], p["devices"]) for p in record["projection"]]
+    assert projected == [("ring", 2), ("ring", 8), ("hybrid", 8)]
+    assert "hybrid does not fit 2 devices: it is only projected" in capsys.readouterr().err
 
 
 def test_no_projection_and_rows_as_they_come(tmp_path, capsys, monkeypatch):
@@ -337,7 +377,10 @@ def test_one_device_projects_from_the_assumed_link(capsys):
         ),
         (("--only", "first_frame"), "a projection is of the rollout: add it to --only"),
         (("--compare", "other.json"), "--compare is not for --scaling"),
-        (("--strategy", "ulysses", "--devices", 3), "ulysses is nothing to measure on 3 devices"),
+        (
+            ("--strategy", "ring,ulysses", "--devices", 3, "--project", 5),
+            "ulysses is nothing to measure on 3 devices: use gather or ring",
+        ),
         (("--strategy", "spiral"), "spiral is nothing to measure on 16 devices: use gather or ring or"),
         (("--devices", 17), "use 1 to 16"),
         (("--project", 1), "--project 1: one device is measured"),
