@@ -112,12 +112,13 @@ def _ways(
     """
     here = scaling.ways(devices, only) if devices > 1 else []
     there = scaling.ways(more, only) if more else []
-    for name in only or ():
+    counts = [count for count in (devices, more) if count > 1]
+    for name in only if only and counts else ():
         fits, fits_more = (any(way.strategy.name == name for way in ways) for ways in (here, there))
         if not (fits or fits_more):
-            every = (way for count in (devices, more) if count > 1 for way in scaling.ways(count))
-            found = dict.fromkeys(way.strategy.name for way in every)
-            raise ValueError(f"{name} is nothing to measure on {devices} devices: use {' or '.join(found)}")
+            found = dict.fromkeys(way.strategy.name for count in counts for way in scaling.ways(count))
+            where = " or ".join(map(str, counts))
+            raise ValueError(f"{name} is nothing to measure on {where} devices: use {' or '.join(found)}")
         if devices > 1 and not fits:
             note(f"{name} does not fit {devices} devices: it is only projected")
     return here, {_kind(way): way for way in there if not way.is_form}

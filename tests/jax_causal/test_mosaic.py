@@ -15,12 +15,12 @@ def _attention():
 
 
 def _norm():
-    x, row, time = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((1, 3, 8, 512), (512,), (1, 3, 6, 512)))
-    return lambda x, row, time: fused_norm.add_norm(x, None, None, (row, row), time, None, eps=1e-6), (
-        x,
-        row,
-        time,
-    )
+    shapes = (1, 3, 8, 512), (512,), (1, 3, 6, 512)
+
+    def norm(x, row, time):
+        return fused_norm.add_norm(x, None, None, (row, row), time, None, eps=1e-6)
+
+    return norm, [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
 
 
 @pytest.mark.parametrize("program", [_attention, _norm])

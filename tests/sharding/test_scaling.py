@@ -379,9 +379,9 @@ def test_one_device_projects_from_the_assumed_link(capsys):
         (("--compare", "other.json"), "--compare is not for --scaling"),
         (
             ("--strategy", "ring,ulysses", "--devices", 3, "--project", 5),
-            "ulysses is nothing to measure on 3 devices: use gather or ring",
+            "ulysses is nothing to measure on 3 or 5 devices: use gather or ring",
         ),
-        (("--strategy", "spiral"), "spiral is nothing to measure on 16 devices: use gather or ring or"),
+        (("--strategy", "spiral"), "spiral is nothing to measure on 16 or 8 devices: use gather or ring or"),
         (("--devices", 17), "use 1 to 16"),
         (("--project", 1), "--project 1: one device is measured"),
     ],
