@@ -57,21 +57,21 @@ def init(
         if not text_encoder and component == "text_encoder":
             continue
         if (part := getattr(config, component)) is not None:
-            shardings = parallel.shardings(modules.abstract(module, part), component)
             make = functools.partial(modules.init, module, part, dtype=dtype)
-            params[component] = _laid_out(component, jax.jit(make, out_shardings=shardings)(key), parallel)
+            make = jax.jit(make, out_shardings=_shardings(config, component, parallel))
+            params[component] = _laid_out(component, make(key), parallel)
     return params
 
 
 def place(config: ModelConfig, params: dict[str, dict], parallel: Parallel) -> dict[str, dict]:
-    """Stacked parameters in the host's memory, by component, to their devices and in the form that they are run in."""
-    placed = {}
-    for component, held in params.items():
-        shardings = parallel.shardings(
-            modules.abstract(COMPONENTS[component], getattr(config, component)), component
+    """Parameters in the host's memory, by component, as `init` would leave them: on their devices, with their
+    dtypes, in the form that they are run in. They are stacked, as in a checkpoint; shapes are those of `config`."""
+    return {
+        component: _laid_out(
+            component, jax.device_put(held, _shardings(config, component, parallel)), parallel
         )
-        placed[component] = _laid_out(component, jax.device_put(held, shardings), parallel)
-    return placed
+        for component, held in params.items()
+    }
 
 
 def _laid_out(component: str, params: dict, parallel: Parallel) -> dict:
@@ -87,8 +87,12 @@ def _abstract(config: ModelConfig, component: str, dtype, parallel: Parallel):
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        parallel.shardings(shapes, component),
+        _shardings(config, component, parallel),
     )
+
+
+def _shardings(config: ModelConfig, component: str, parallel: Parallel):
+    return parallel.shardings(modules.abstract(COMPONENTS[component], getattr(config, component)), component)
 
 
 # Programs.
