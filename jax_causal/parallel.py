@@ -210,7 +210,11 @@ class SingleDevice:
         return alone(run, seen, columns, weights, *others)
 
     def to_tokens(self, latent, patch):
-        return rearrange(latent, "b f c (h p) (w q) -> b f (h w) (p q c)", p=patch, q=patch)
+        tokens = rearrange(latent, "b f c (h p) (w q) -> b f (h w) (p q c)", p=patch, q=patch)
+        if self.device is None:
+            return tokens
+        # Noise is drawn from a key alone, which would have it lie on the first device.
+        return jax.lax.with_sharding_constraint(tokens, self._sharding)
 
     def from_tokens(self, tokens, patch, height, width):
         return rearrange(

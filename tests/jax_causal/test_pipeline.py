@@ -152,6 +152,9 @@ def test_another_device_than_the_first():
     second = jax.devices()[1]
     pipe = Pipeline.random(SMALL, dtype="float32", parallel=SingleDevice(device=second))
     assert all(x.devices() == {second} for x in jax.tree.leaves(pipe.params))
+    spec = rollout.RolloutSpec.create(SMALL.transformer, SMALL.sampler, (2, 3), 3, parallel=pipe.parallel)
+    noise = rollout.draw_noise(spec, jax.random.split(jax.random.key(0), 1), 0, 3, jnp.float32)
+    assert all(x.devices() == {second} for x in noise)
     _close(pipe(PROMPT, num_frames=13).frames, _pipe()(PROMPT, num_frames=13).frames)
 
 
