@@ -159,13 +159,13 @@ class Scaling:
         self.rows, self.repeats, self.progress = tuple(rows), repeats, progress
 
     def ways(self, devices: int, only: Collection[str] | None = None) -> list[Way]:
-        """What is measured on so many devices: every strategy that fits, or those of them in `only`, `gather` under
-        each of its switches."""
+        """What is measured on so many devices: every strategy that fits, or those of them in `only`; and of the rollout
+        `gather` under each of its switches."""
         found = fitting(devices, self.config.transformer.num_heads)
         # Where the heads divide, hybrid is ulysses.
         found = {name: s for name, s in found.items() if name != "hybrid" or s.seq > 1}
         ways = [Way(s, name, self._direct(s)) for name, s in found.items() if only is None or name in only]
-        if ways and ways[0].strategy.gathers:
+        if ways and ways[0].strategy.gathers and "rollout" in self.rows:
             ways[1:1] = self._forms(ways[0])
         return ways
 
@@ -207,7 +207,7 @@ class Scaling:
         """A way of running on the devices: of forms of a strategy the rollout alone, for they decode alike."""
         self.progress(f"{way.label} on {len(devices)} devices")
         parallel = SequenceParallel(devices, way.strategy.name, **way.options)
-        rows = ("rollout",) if way.is_form and "rollout" in self.rows else self.rows
+        rows = ("rollout",) if way.is_form else self.rows
         return Measured(way, self._rows(parallel, (*rows, *COMMUNICATION)))
 
     def link(self, devices: Sequence[jax.Device]) -> tuple[Link, str]:

@@ -161,6 +161,8 @@ def test_ways():
     assert scaling.ways(3, ["ulysses"]) == []
     ring = Scaling(SMALL, "float32", INPUTS, {"window": 2, "sink": 0})
     assert "gather, no overlap" not in [way.label for way in ring.ways(2)]
+    decoding = Scaling(SMALL, "float32", INPUTS, LIMITS, rows=["end_to_end"])
+    assert [way.label for way in decoding.ways(2)] == ["gather", "ring", "ulysses"]
 
 
 def test_weights_are_placed_as_a_pipeline_has_them():
