@@ -44,6 +44,7 @@ def attention(
     length: jax.Array | int | None = None,
     mask: np.ndarray | None = None,
     distinct: jax.Array | int | None = None,
+    queries: jax.Array | int | None = None,
     backend: Backend = "auto",
 ) -> jax.Array:
     """softmax(q k^T / sqrt(D)) v, differentiable in q, k and v (reverse mode).
@@ -61,6 +62,8 @@ def attention(
       distinct: int32 scalar: the keys from this one on are equal, and so are their values, as where a text is padded;
         a kernel may then read the first of them alone, and count it as often. Not to be combined with parts,
         `length` or `mask`.
+      queries: int32 scalar: only so many of the T are wanted, and a kernel may leave out the others; what comes out for
+        them is finite.
       backend: "auto" for the fastest that can run, or the name of one.
 
     Returns:
@@ -77,10 +80,10 @@ def attention(
         return _block_masked(q, k, v, length, mask, backend)
     if k.ndim == 4 and (chosen := choose_backend(backend, q, k)) in ("hopper", "cudnn"):
         _check(q, k, v, length)
-        limits = (x if x is None else jnp.asarray(x, jnp.int32) for x in (length, distinct))
-        q, k, v, length, distinct = _vary_alike(q, k, v, *limits)
+        limits = (x if x is None else jnp.asarray(x, jnp.int32) for x in (length, distinct, queries))
+        q, k, v, length, distinct, queries = _vary_alike(q, k, v, *limits)
         if chosen == "hopper":
-            return _hopper_plain(q, k, v, length, distinct)
+            return _hopper_plain(q, k, v, length, distinct, queries)
         return _cudnn_plain(q, k, v, length)
     return attention_with_lse(q, k, v, length=length, backend=backend)[0].astype(q.dtype)
 
@@ -260,27 +263,28 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 # --- hopper ---
 
 
-def _hopper(q, k, v, length, distinct=None):
+def _hopper(q, k, v, length, distinct=None, queries=None):
     from jax_causal import attention_hopper
 
     processors = getattr(jax.local_devices()[0], "core_count", 132)
     out, lse = attention_hopper.attend(
-        q, k, v, length, distinct=distinct, no_keys=NO_KEYS, merge=merge, processors=processors
-    )
+        q, k, v, length,
+        distinct=distinct, queries=queries, no_keys=NO_KEYS, merge=merge, processors=processors,
+    )  # fmt: skip
     _, out, lse = _vary_alike(q, out, lse)  # the kernel forgets what varies over a mesh
     return out, lse
 
 
 @jax.custom_vjp
-def _hopper_plain(q, k, v, length, distinct):
-    return _hopper(q, k, v, length, distinct)[0]
+def _hopper_plain(q, k, v, length, distinct, queries):
+    return _hopper(q, k, v, length, distinct, queries)[0]
 
 
 def _hopper_plain_bwd(residuals, d_out):
     """By cuDNN, whose gradient is a fused kernel too: one forward more is less than what it saves."""
-    q, k, v, length, _ = residuals
+    q, k, v, length, *_ = residuals
     _, pullback = jax.vjp(lambda *x: _cudnn_plain(*x, length), q, k, v)
-    return *pullback(d_out), None, None
+    return *pullback(d_out), None, None, None
 
 
 _hopper_plain.defvjp(lambda *x: (_hopper_plain(*x), x), _hopper_plain_bwd)

@@ -35,30 +35,34 @@ def supported() -> bool:
 
 
 def attend(
-    q, k, v, length, *, distinct=None, no_keys: float, merge, processors: int
+    q, k, v, length, *, distinct=None, queries=None, no_keys: float, merge, processors: int
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over the first `length` keys (None for all) and its log-sum-exp.
 
     Takes q [B, T, N, D] and k, v [B, K, N, D] of one 16-bit dtype, D 64 or 128 and K a multiple of 8, and an int32
     scalar. Keys behind `length` are loaded, and must be finite. `merge` is `attention.merge`. With `distinct`, an int32
     scalar in the place of `length`, attention is over all keys, of which those from `distinct` on are equal, and so are
-    their values: the first of them stands for all, its weight so many times its own.
+    their values: the first of them stands for all, its weight so many times its own. With `queries`, an int32 scalar,
+    only so many of the T are wanted; what comes out for others is finite.
 
     Returns:
       out [B, T, N, D] in the dtype of q and lse [B, N, T] in float32, which is `no_keys` where `length` is 0.
     """
     (B, T, N, _), K = q.shape, k.shape[1]
-    plan = Plan.cheapest(T, B * N, K, processors)
+    plan = Plan.cheapest(T, B * N, K, processors, may_be_short=queries is not None)
+    short = None
+    if queries is not None and plan.can_be_short:
+        short = queries <= (plan.tiles - 1) * TILE
     q = jnp.pad(q, ((0, 0), (0, -T % 8), (0, 0), (0, 0)))  # the copy engine wants eights of rows
     log_times = None
     if distinct is not None:
         length = jnp.minimum(distinct + 1, K)
         log_times = jnp.log(jnp.full((1,), K + 1 - length, jnp.float32))
     length = jnp.full((1,), K if length is None else length, jnp.int32)
-    out, lse, *shared = forward(q, k, v, length, log_times, plan=plan, no_keys=no_keys)
+    out, lse, *shared = forward(q, k, v, length, log_times, short, plan=plan, no_keys=no_keys)
     if plan.shared:
         rows = q.shape[1] - plan.whole * TILE
-        outs, lses = merge(*_runs(plan, *(x[:, :, :rows] for x in shared), no_keys))
+        outs, lses = merge(*_runs(plan, short, *(x[:, :, :rows] for x in shared), no_keys))
         outs = outs.astype(out.dtype)
         if plan.whole:
             # In place. Without the barrier XLA (of jax 0.11.2) may draw the update into the kernel, and find a circle.
@@ -70,24 +74,36 @@ def attend(
     return out[:, :T], lse[:, :, :T]
 
 
-def _runs(plan, outs, lses, no_keys):
+def _runs(plan, short, outs, lses, no_keys):
     """Lists of [B, T, N, D] and [B, N, T] for `merge` from outs [runs, B, T, N, D] and lses [runs, B, T, N], with what
     no block has written replaced by what an attention without keys finds."""
     B, T, N = lses.shape[1:]
-    found = np.repeat(plan.is_run().reshape(plan.runs, B, N, plan.shared), TILE, axis=3)[..., :T]
-    found = np.swapaxes(found, 2, 3)
-    outs = [
-        jnp.where(here[..., None], x, 0) if not here.all() else x for here, x in zip(found, outs, strict=True)
-    ]
-    lses = [jnp.where(here, x, no_keys) if not here.all() else x for here, x in zip(found, lses, strict=True)]
+
+    def found(is_run):
+        rows = np.repeat(is_run.reshape(plan.runs, B, N, plan.shared), TILE, axis=3)[..., :T]
+        return np.swapaxes(rows, 2, 3)
+
+    def only(here, x, otherwise):
+        return x if isinstance(here, np.ndarray) and here.all() else jnp.where(here, x, otherwise)
+
+    all_found = found(plan.is_run())
+    if short is not None:
+        of_short = found(plan.is_run(short=True))
+        all_found = [
+            jnp.where(short, *x) if np.any(x[0] != x[1]) else x[0]
+            for x in zip(of_short, all_found, strict=True)
+        ]
+    outs = [only(here[..., None], x, 0) for here, x in zip(all_found, outs, strict=True)]
+    lses = [only(here, x, no_keys) for here, x in zip(all_found, lses, strict=True)]
     return outs, [jnp.swapaxes(x, 1, 2) for x in lses]
 
 
 # Compiled by itself, so that the layers of a model share one kernel: each costs a second.
 @functools.partial(jax.jit, static_argnames=("plan", "no_keys"))
-def forward(q, k, v, length, log_times, *, plan: Plan, no_keys: float):
+def forward(q, k, v, length, log_times, short, *, plan: Plan, no_keys: float):
     """The kernel. T and K are multiples of 8. The last of `length` (int32 [1]) keys stands for as many as `log_times`
-    (float32 [1], or None for one) is the logarithm of.
+    (float32 [1], or None for one) is the logarithm of. `short` (bool [], or None for False) leaves out the last tile of
+    every head, where `plan` may be.
 
     Returns out [B, T, N, D], undefined where tiles are shared, and lse [B, N, whole * 128] of whole tiles (both smaller
     and undefined where there are none). Of shared ones each run's fp32 out [runs, B, shared * 128, N, D] and lse [runs,
@@ -118,6 +134,9 @@ def forward(q, k, v, length, log_times, *, plan: Plan, no_keys: float):
             jax.ShapeDtypeStruct((plan.runs, B, plan.shared * TILE, N), jnp.float32),
         ]
     repeats = [] if log_times is None else [log_times]
+    borders = plan.borders()
+    if short is not None:
+        borders = jnp.where(short, plan.borders(short=True), borders)
     kernel = functools.partial(_kernel, plan=plan, no_keys=no_keys, repeats=bool(repeats))
     return plgpu.kernel(
         mosaic.named(kernel, NAME),
@@ -132,7 +151,7 @@ def forward(q, k, v, length, log_times, *, plan: Plan, no_keys: float):
         # Rows are reduced within a warp, which needs no scratch.
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
         kernel_name=NAME,
-    )(q, k, v, length, jnp.asarray(plan.borders()), *repeats)
+    )(q, k, v, length, jnp.asarray(borders), *repeats)
 
 
 def _swizzled(shape, dtype):

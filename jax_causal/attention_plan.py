@@ -8,6 +8,9 @@ have no keys in common. As many clusters as the card has room for each take one 
 tiles of every head are laid in a row, keys behind keys, and a cluster gets the stretch of it that makes its share even:
 the rest of a pair that others have begun, or the beginning of one, or both (stream-K, arXiv:2301.03598). What several
 find for the same queries is merged.
+
+Where queries may be `short`, which is known only when the kernel runs, the last tile of every head may have none. The
+pairs of these tiles are then left out, and shares are even without them.
 """
 
 from __future__ import annotations
@@ -59,22 +62,32 @@ class Plan(NamedTuple):
     clusters: int
 
     @classmethod
-    def cheapest(cls, queries: int, heads: int, keys: int, processors: int) -> Plan:
+    def cheapest(
+        cls, queries: int, heads: int, keys: int, processors: int, *, may_be_short: bool = False
+    ) -> Plan:
         """The plan that ends first, for `queries` of `heads` over `keys`."""
         tiles = -(-queries // TILE)
         room = max(processors // CLUSTER, 1)
         alone = cls(tiles, heads, 0, min(room, _pairs(tiles, heads)))
         room = min(room, MOST * _pairs(tiles, heads))
         plans = [cls(tiles, heads, shared, room) for shared in range(1, tiles + 1)]
-        return min([alone, *filter(cls._is_even, plans)], key=lambda plan: plan._cost(keys))
+        plans = [alone, *(plan for plan in plans if plan._is_even())]
+        if may_be_short:
+            plans = [plan for plan in plans if plan.can_be_short] or plans
+        return min(plans, key=lambda plan: plan._cost(keys))
 
-    def _is_even(self) -> bool:
+    @property
+    def can_be_short(self) -> bool:
+        """Whether it suits short queries too: the last tiles of heads are shared, and in pairs of their own."""
+        return self.shared % CLUSTER != 0 and self._is_even(short=True)
+
+    def _is_even(self, *, short: bool = False) -> bool:
         """Whether no cluster has more whole pairs than its share."""
-        return -(-self.whole_pairs // self.clusters) <= self._share()
+        return -(-self.whole_pairs // self.clusters) <= self._share(short=short)
 
-    def _share(self) -> float:
+    def _share(self, *, short: bool = False) -> float:
         """Pairs for each cluster."""
-        return (self.whole_pairs + self.shared_pairs) / self.clusters
+        return (self.whole_pairs + self._shared_pairs(short)) / self.clusters
 
     def _cost(self, keys: int) -> float:
         rounds = -(-self.whole_pairs // self.clusters)
@@ -96,34 +109,38 @@ class Plan(NamedTuple):
 
     @property
     def shared_pairs(self) -> int:
-        return _pairs(self.shared, self.heads)
+        return self._shared_pairs(short=False)
 
-    def borders(self) -> np.ndarray:
+    def _shared_pairs(self, short: bool) -> int:
+        return _pairs(self.shared - short, self.heads)
+
+    def borders(self, *, short: bool = False) -> np.ndarray:
         """Where each cluster's stretch of the shared pairs begins, and where the last one ends, int32 [clusters + 1]:
         `PARTS` to a pair."""
         if not self.shared:
             return np.zeros(self.clusters + 1, np.int32)
         wholes = -(-(self.whole_pairs - np.arange(self.clusters)) // self.clusters)
-        ends = np.cumsum(self._share() - wholes)
+        ends = np.cumsum(self._share(short=short) - wholes)
         return np.rint(np.concatenate([[0], ends]) * PARTS).astype(np.int32)
 
-    def walkers(self) -> list[range]:
+    def _walkers(self, *, short: bool = False) -> list[range]:
         """The clusters that walk each shared pair."""
-        borders = self.borders()
+        borders = self.borders(short=short)
         begins, ends = borders[:-1], borders[1:]
-        pairs = PARTS * np.arange(self.shared_pairs)
+        pairs = PARTS * np.arange(self._shared_pairs(short))
         return [range(int((ends <= pair).sum()), int((begins < pair + PARTS).sum())) for pair in pairs]
 
     @property
     def runs(self) -> int:
         """The most clusters that walk one shared pair."""
-        return max(map(len, self.walkers()), default=1)
+        walkers = self._walkers() + (self._walkers(short=True) if self.can_be_short else [])
+        return max(map(len, walkers), default=1)
 
-    def is_run(self) -> np.ndarray:
+    def is_run(self, *, short: bool = False) -> np.ndarray:
         """Which runs of shared tiles there are, bool [runs, heads, shared]; the others are undefined."""
         found = np.zeros((self.runs, self.heads, self.shared), bool)
         pairs_of_head = self.shared // CLUSTER
-        for pair, clusters in enumerate(self.walkers()):
+        for pair, clusters in enumerate(self._walkers(short=short)):
             first, head = divmod(pair, self.heads)
             at = np.s_[head, first * CLUSTER : (first + 1) * CLUSTER]
             if first == pairs_of_head:

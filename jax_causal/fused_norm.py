@@ -38,7 +38,17 @@ class Rows(NamedTuple):
     shift: int
 
 
-def add_norm(x, out, gate: tuple[jax.Array, int] | None, norm, time, rows: Rows | None, *, eps: float):
+def add_norm(
+    x,
+    out,
+    gate: tuple[jax.Array, int] | None,
+    norm,
+    time,
+    rows: Rows | None,
+    *,
+    eps: float,
+    tokens_first: bool = False,
+):
     """The sum x + gate * out, and its layer norm scaled and shifted.
 
     Args:
@@ -49,30 +59,42 @@ def add_norm(x, out, gate: tuple[jax.Array, int] | None, norm, time, rows: Rows 
         with `rows` None a pair (scale, bias) [E], that of an affine norm.
       time: [B, F, 6, E], the other half of both modulations.
       eps: of the norm.
+      tokens_first: `out` is [B, S, F, E].
 
     Returns:
       The sum, and its norm, like x.
     """
-    return _add_norm(gate and gate[1], rows, eps, x, out, gate and gate[0], norm, time)
+    how = How(gate and gate[1], rows, eps, tokens_first)
+    return _add_norm(how, x, out, gate and gate[0], norm, time)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _add_norm(gate_row, rows, eps, x, out, gate, norm, time):
-    return _add_norm_kernel(gate_row, rows, eps, x, out, gate, norm, time)
+class How(NamedTuple):
+    """What of `add_norm`'s arguments is no array."""
+
+    gate_row: int | None
+    rows: Rows | None
+    eps: float
+    tokens_first: bool
 
 
-def _add_norm_bwd(gate_row, rows, eps, inputs, cotangents):
-    _, pullback = jax.vjp(functools.partial(plain_add_norm, gate_row, rows, eps), *inputs)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _add_norm(how, x, out, gate, norm, time):
+    return _add_norm_kernel(how, x, out, gate, norm, time)
+
+
+def _add_norm_bwd(how, inputs, cotangents):
+    _, pullback = jax.vjp(functools.partial(plain_add_norm, how), *inputs)
     return pullback(cotangents)
 
 
-_add_norm.defvjp(lambda *x: (_add_norm(*x), x[3:]), _add_norm_bwd)
+_add_norm.defvjp(lambda *x: (_add_norm(*x), x[1:]), _add_norm_bwd)
 
 
-def plain_add_norm(gate_row, rows, eps, x, out, gate, norm, time):
+def plain_add_norm(how, x, out, gate, norm, time):
     """`add_norm` without a kernel."""
+    gate_row, rows, eps, tokens_first = how
     if out is not None:
-        x = x + Modulation(gate, time).row(gate_row) * out
+        x = x + Modulation(gate, time).row(gate_row) * (out.swapaxes(1, 2) if tokens_first else out)
     y = x.astype(jnp.float32)
     y = y - y.mean(-1, keepdims=True)
     y = (y * lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)).astype(x.dtype)
@@ -83,8 +105,9 @@ def plain_add_norm(gate_row, rows, eps, x, out, gate, norm, time):
 
 
 # Compiled by themselves, so that the layers of a model share their kernels.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _add_norm_kernel(gate_row, rows, eps, x, out, gate, norm, time):
+@functools.partial(jax.jit, static_argnums=0)
+def _add_norm_kernel(how, x, out, gate, norm, time):
+    gate_row, rows, eps, tokens_first = how
     B, F, S, E = x.shape
     added = out is not None
     norm = (norm,) if rows else norm
@@ -93,7 +116,8 @@ def _add_norm_kernel(gate_row, rows, eps, x, out, gate, norm, time):
         x_ref, time_ref, *norm_refs = refs[: 2 + len(norm)]
         *added_refs, y_ref = refs[2 + len(norm) :]
         frame, tile = lax.axis_index("kernel_frame"), lax.axis_index("kernel_tile")
-        here = (frame, hopper_rows.tile(tile, S))
+        tokens = hopper_rows.tile(tile, S)
+        here = frame, tokens
 
         def modulation(param, i):
             rows = param.at[i], time_ref.at[frame, i]
@@ -102,9 +126,9 @@ def _add_norm_kernel(gate_row, rows, eps, x, out, gate, norm, time):
         y = hopper_rows.load32(x_ref.at[here], ROW)
         if added:
             out_ref, gate_ref, sum_ref = added_refs
-            y = y + hopper_rows.spread(modulation(gate_ref, gate_row), y, 1) * hopper_rows.load32(
-                out_ref.at[here], ROW
-            )
+            there = (lax.div(frame, F), tokens, lax.rem(frame, F)) if tokens_first else here
+            added_rows = hopper_rows.load32(out_ref.at[there], ROW)
+            y = y + hopper_rows.spread(modulation(gate_ref, gate_row), y, 1) * added_rows
             total = y.astype(x.dtype)
             sum_ref[here] = total
             y = total.astype(jnp.float32)
@@ -118,7 +142,7 @@ def _add_norm_kernel(gate_row, rows, eps, x, out, gate, norm, time):
 
     operands = [x.reshape(B * F, S, E), time.reshape(B * F, 6, E), *norm]
     if added:
-        operands += [out.reshape(B * F, S, E), gate]
+        operands += [out if tokens_first else out.reshape(B * F, S, E), gate]
     out_type = [jax.ShapeDtypeStruct((B * F, S, E), x.dtype)] * (1 + added)
     grid = {"kernel_frame": B * F, "kernel_tile": hopper_rows.tiles(S)}
     results = hopper_rows.launch(kernel, out_type, grid, "add_norm")(*operands)

@@ -64,7 +64,8 @@ def rotate_into_cache(
       layer: the number of this one there, int32 [].
 
     Returns:
-      Rotated queries [B, F, m, N, D], keys and values of the cache, and `reach` for the next layer.
+      Rotated queries [B, m, F, N, D], whose padding comes last, keys and values of the cache, and `reach` for the next
+      layer.
     """
     products, factors = (qk, v, received), _factors(table)
     if not (peers and peers.travels):
@@ -124,7 +125,7 @@ def plain_rotate(eps, peers, products, scales, factors, keys, values, slots):
         start = (0, 0, slots[f] * k.shape[2], 0, 0)
         keys = lax.dynamic_update_slice(keys, k[:, None, f], start)
         values = lax.dynamic_update_slice(values, v[:, None, f], start)
-    return q, keys, values
+    return q.swapaxes(1, 2), keys, values
 
 
 def normalise(qk, scales, eps: float):
@@ -194,7 +195,7 @@ def _rotate_kernel(eps, peers, products, scales, factors, written, numbers):
 
                 @pl.when(which == QUERY)
                 def _query():
-                    q_ref[index, tokens] = x
+                    q_ref[lax.div(index, F), tokens, lax.rem(index, F)] = x
 
                 if KEY in stays:
 
@@ -245,7 +246,7 @@ def _rotate_kernel(eps, peers, products, scales, factors, written, numbers):
 
     q = hopper_rows.launch(
         kernel,
-        jax.ShapeDtypeStruct((B * F, m, N, D), v.dtype),
+        jax.ShapeDtypeStruct((B, m, F, N, D), v.dtype),
         {"kernel_block": blocks},
         "rotate_into_caches" if peers and peers.count > 1 else "rotate_into_cache",
     )(
@@ -257,7 +258,7 @@ def _rotate_kernel(eps, peers, products, scales, factors, written, numbers):
         *refs,
     )
     keys, values, *counts = (jax.freeze(ref) for ref in refs)
-    return q.reshape(B, F, m, N, D), keys[:, None], values[:, None], *counts
+    return q, keys[:, None], values[:, None], *counts
 
 
 class _There:

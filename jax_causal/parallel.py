@@ -75,7 +75,7 @@ class Parallel(Protocol):
         """The cache for one pass of layers that run by `attend_product`, with what that needs in its `reach`. `tokens`
         is S."""
 
-    def add_norm(self, x, out, gate, norm, time, rows, *, eps: float):
+    def add_norm(self, x, out, gate, norm, time, rows, *, eps: float, tokens_first: bool = False):
         """`fused_norm.add_norm`."""
 
     def attend_product(
@@ -91,7 +91,7 @@ class Parallel(Protocol):
         eps: float,
     ):
         """Norms of queries and keys, and `attend_cached`, from what `fused_rotation.rotate_into_cache` takes. `cache`
-        is of this layer alone, and `layer` its number (int32 [])."""
+        is of this layer alone, and `layer` its number (int32 []). The output is [B, S, F, N, D]."""
 
     def attend(self, q, k, v, table, tokens: int, frame_mask=None):
         """Rotates q and k, then attends; `frame_mask` bool [F, F] says which frames see which (None: all).
@@ -176,10 +176,10 @@ class SingleDevice:
     def begin_pass(self, cache, tokens):
         return cache
 
-    def add_norm(self, x, out, gate, norm, time, rows, *, eps):
+    def add_norm(self, x, out, gate, norm, time, rows, *, eps, tokens_first=False):
         from jax_causal import fused_norm
 
-        return fused_norm.add_norm(x, out, gate, norm, time, rows, eps=eps)
+        return fused_norm.add_norm(x, out, gate, norm, time, rows, eps=eps, tokens_first=tokens_first)
 
     def attend_product(self, qk, v, scales, table, cache, layer, placement, layout, eps):
         from jax_causal import fused_rotation

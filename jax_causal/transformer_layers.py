@@ -15,6 +15,12 @@ from jax_causal.config import TransformerConfig
 from jax_causal.parallel import Parallel
 
 ACTIVATION = ("batch", "frames", "tokens", "embed")
+TOKENS_FIRST = (
+    "batch",
+    "tokens",
+    "frames",
+    "embed",
+)  # what `Parallel.attend_product` gives, so that padding comes last
 
 
 def layer_norm(x, eps: float):
@@ -178,7 +184,7 @@ class Block(nnx.Module):
             out, carry = attend(self.self_attn, y)
             out = self.self_attn.output(out)
         with jax.named_scope("cross_attention"):
-            x, y = norm(x, out, (own, 2), affine, rows=None)
+            x, y = norm(x, out, (own, 2), affine, rows=None, tokens_first=True)
             x = x + self.cross_attn.output(parallel.attend_text(self.cross_attn.query(y), *text))
         with jax.named_scope("mlp"):
             x, y = norm(x, None, None, own, rows=Rows(scale=4, shift=3))

@@ -31,17 +31,18 @@ class Shares:
     """How the S tokens of a frame are dealt over `seq` x `heads` devices.
 
     Where S does not divide into them, the last shares are short or empty; they are padded to `rows`, and padding
-    never becomes a key.
+    never becomes a key. `short_last` is that of `rows_of_share`.
     """
 
     tokens: int
     seq: int
     heads: int
+    short_last: bool = False
 
     @property
     def rows(self) -> int:
         """m: rows of each frame on one device."""
-        return rows_of_share(self.tokens, self.seq * self.heads)
+        return rows_of_share(self.tokens, self.seq * self.heads, short_last=self.short_last)
 
     @property
     def part(self) -> int:
@@ -135,9 +136,11 @@ def attend_traded(
     return _heads_for_tokens(out.astype(q.dtype), shares), cache
 
 
-def attend_held(q, keys, values, length, backend):
-    """Attention [B, F, m, N, D] to the first `length` keys of a cache that holds all there are for these queries."""
-    return attention(_flat(q), keys, values, length=length, backend=backend).reshape(q.shape)
+def attend_held(q, keys, values, length, backend, queries=None):
+    """Attention like q, [B, F, m, N, D] or [B, m, F, N, D], to the first `length` keys of a cache that holds all there
+    are for these queries; `queries` is that of `attention`."""
+    out = attention(_flat(q), keys, values, length=length, queries=queries, backend=backend)
+    return out.reshape(q.shape)
 
 
 def attend_whole(q, k, v, table, *, frame_mask, shares: Shares, backend):

@@ -47,13 +47,15 @@ def begin_pass(keys, values, *, peers):
     return peer_memory.reach(peers, keys, values, jnp.full(len(keys), zero))
 
 
-def attend(qk, v, scales, table, keys, values, reach, layer, slots, held, *, peers, eps, layout, backend):
+def attend(
+    qk, v, scales, table, keys, values, reach, layer, slots, held, *, peers, eps, layout, shares, backend
+):
     """Attention of a block against the cache of a layer, with the block in it.
 
     Arguments are those of `fused_rotation.rotate_into_cache`; `held` frames are attended to.
 
     Returns:
-      [B, F, m, N, D], keys and values of the cache, and `reach` for the next layer.
+      [B, m, F, N, D], keys and values of the cache, and `reach` for the next layer.
     """
     from jax_causal import fused_rotation
 
@@ -67,5 +69,8 @@ def attend(qk, v, scales, table, keys, values, reach, layer, slots, held, *, pee
         qk, v, scales, table, keys, values, slots,
         eps=eps, peers=peers, received=received, reach=reach, layer=layer,
     )  # fmt: skip
-    out = causal_rope_sp.attend_held(q, keys, values, layout.part_length(held), backend)
+    valid, queries = shares.valid(), None
+    if not isinstance(valid, int):
+        queries = valid * q.shape[2]  # tokens come before frames, and padding last
+    out = causal_rope_sp.attend_held(q, keys, values, layout.part_length(held), backend, queries=queries)
     return out, keys, values, reach

@@ -18,13 +18,26 @@ TOKENS = (SEQ, HEADS)  # the axes that a frame's tokens are sharded over, major 
 
 # Rows in eights suit tensor cores: others XLA copies into eights before every product.
 ROW_MULTIPLE, MOST_PADDING = 8, 0.03
+TILE = 128  # queries that attention takes at once: fewer take it as long
 
 
-def rows_of_share(tokens: int, devices: int) -> int:
-    """Rows of each frame on one of so many devices, padding included; in eights where that adds 3 % at most."""
+def rows_of_share(tokens: int, devices: int, *, short_last: bool = False) -> int:
+    """Rows of each frame on one of so many devices, padding included; in eights where that adds 3 % at most.
+
+    With `short_last`, and where it adds no more either, the last device has whole tiles of queries, and each of the
+    others a little more than without.
+    """
     rows = -(-tokens // devices)
-    rounded = -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
-    return rounded if rounded <= (1 + MOST_PADDING) * rows else rows
+    rounded = _rounded(rows)
+    choices = [rounded, rows]
+    last = (tokens - (devices - 1) * rounded) // TILE * TILE
+    if short_last and devices > 1 and last > 0:
+        choices.insert(0, _rounded(-(-(tokens - last) // (devices - 1))))
+    return next(choice for choice in choices if choice <= (1 + MOST_PADDING) * rows)
+
+
+def _rounded(rows: int) -> int:
+    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def pick_devices(devices: int | Sequence[jax.Device] | None) -> list[jax.Device]:

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jax_causal.cache import CacheLayout, KVCache, Placement
 from jax_causal.config import ModelConfig, TransformerConfig
 from jax_causal.parallel import SingleDevice
-from jax_causal.transformer_layers import ACTIVATION
+from jax_causal.transformer_layers import ACTIVATION, TOKENS_FIRST
 from sharding import causal_rope_sp, direct, halo, specs
 from sharding.causal_rope_sp import Shares
 from sharding.mesh import HEADS, SEQ, make_mesh, pick_devices
@@ -134,7 +134,7 @@ class Sharded:
 
     def shares(self, tokens: int) -> Shares:
         """How a frame's tokens are dealt."""
-        return Shares(tokens, self.strategy.seq, self.strategy.heads)
+        return Shares(tokens, self.strategy.seq, self.strategy.heads, short_last=self.strategy.gathers)
 
     # Parameters and cache.
 
@@ -239,27 +239,32 @@ class Sharded:
         fused = self.unrolled and self.fuses(tokens, config.num_heads, config.head_dim, dtype)
         return fused and self._peers(tokens) is not None
 
-    def add_norm(self, x, out, gate, norm, time, rows, *, eps):
+    def add_norm(self, x, out, gate, norm, time, rows, *, eps, tokens_first=False):
         param, row = gate or (None, None)
 
         def body(x, out, param, norm, time):
             gate = None if param is None else (param, row)
-            return SingleDevice().add_norm(x, out, gate, norm, time, rows, eps=eps)
+            return SingleDevice().add_norm(x, out, gate, norm, time, rows, eps=eps, tokens_first=tokens_first)
 
-        tokens = self._spec(ACTIVATION)
-        in_specs = (tokens, tokens, P(), P(), self._spec(("batch",)))
+        tokens, added = self._spec(ACTIVATION), self._spec(TOKENS_FIRST if tokens_first else ACTIVATION)
+        in_specs = (tokens, added, P(), P(), self._spec(("batch",)))
         run = self._shard_map(body, in_specs, (tokens, tokens), check_vma=False)
         return run(x, out, param, norm, time)
 
     def attend_product(self, qk, v, scales, table, cache, layer, placement, layout, eps):
         if (peers := self._peers(layout.tokens)) is None:
             q, k = direct.normalise(qk, scales, eps)
-            return self.attend_cached(q, k, v, table, cache, 0, placement, layout)
-        body = functools.partial(direct.attend, peers=peers, eps=eps, layout=layout, backend=self.backend)
+            out, cache = self.attend_cached(q, k, v, table, cache, 0, placement, layout)
+            return out.swapaxes(1, 2), cache
+        body = functools.partial(
+            direct.attend,
+            peers=peers, eps=eps, layout=layout, shares=self.shares(layout.tokens), backend=self.backend,
+        )  # fmt: skip
         tokens, pairs, cached = (self._spec(x) for x in (QKV, (*QKV, None), self._cache_names[1:]))
         reach = P(self.mesh.axis_names)
         in_specs = (pairs, tokens, P(), self._spec(TABLE), cached, cached, reach, P(), P(), P())
-        run = self._shard_map(body, in_specs, (tokens, cached, cached, reach), check_vma=False)
+        out_specs = (self._spec(TOKENS_FIRST), cached, cached, reach)
+        run = self._shard_map(body, in_specs, out_specs, check_vma=False)
         numbers = layer, jnp.asarray(placement.slots), jnp.asarray(placement.held)
         out, *both, reach = run(qk, v, scales, table, *cache.read(0), cache.reach, *numbers)
         return out, dataclasses.replace(cache.replace_layer(0, *both), reach=reach)

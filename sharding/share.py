@@ -45,7 +45,7 @@ class Share(Sharded):
         return self.strategy.devices
 
     def shares(self, tokens):
-        return LocalShares(tokens, self.strategy.seq, self.strategy.heads)
+        return LocalShares(**dataclasses.asdict(super().shares(tokens)))
 
     def _peers(self, tokens):
         peers = super()._peers(tokens)

@@ -115,7 +115,7 @@ class Strategy:
 
     def rows(self, work: Workload) -> int:
         """Tokens of a block on one device, padding included."""
-        return rows_of_share(work.tokens, self.devices) * work.frames
+        return rows_of_share(work.tokens, self.devices, short_last=self.gathers) * work.frames
 
     def _travelling(self, work: Workload) -> tuple[int, int]:
         """Bytes of a block's queries, for the heads of one device, and of the fp32 outputs that go back."""

@@ -22,7 +22,8 @@ def _row(param, time, i):
 @pytest.mark.parametrize("tokens", [8, 10])
 @pytest.mark.parametrize("gate", [None, 2, 5])
 @pytest.mark.parametrize("rows", [None, Rows(scale=1, shift=0), Rows(scale=4, shift=3)])
-def test_add_norm(machine, gate, rows, tokens):
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_add_norm(machine, gate, rows, tokens, tokens_first):
     shape, E = (2, 3, tokens, 512), 512
     x, out, gates, param, time = random(shape, shape, (6, E), (6, E), (2, 3, 6, E))
     norm = param if rows else tuple(param[:2])
@@ -30,7 +31,10 @@ def test_add_norm(machine, gate, rows, tokens):
         total, y = fused_norm.add_norm(x, None, None, norm, time, rows, eps=EPS)
         assert total is x
     else:
-        total, y = fused_norm.add_norm(x, out, (gates, gate), norm, time, rows, eps=EPS)
+        added = out.swapaxes(1, 2) if tokens_first else out
+        total, y = fused_norm.add_norm(
+            x, added, (gates, gate), norm, time, rows, eps=EPS, tokens_first=tokens_first
+        )
         assert_rounded(total, f64(x) + _row(gates, time, gate) * f64(out))
     centred = f64(total) - f64(total).mean(-1, keepdims=True)
     normed = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + EPS)
@@ -41,14 +45,17 @@ def test_add_norm(machine, gate, rows, tokens):
     assert_rounded(y, expected)
 
 
-def test_the_plain_form_is_the_same_function(machine):
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_the_plain_form_is_the_same_function(machine, tokens_first):
     """Of which the gradient is taken."""
     shape, E = (1, 2, 8, 256), 256
     x, out, gates, param, time = random(shape, shape, (6, E), (6, E), (1, 2, 6, E))
+    out = out.swapaxes(1, 2) if tokens_first else out
     rows = Rows(4, 3)
-    results = fused_norm.add_norm(x, out, (gates, 5), param, time, rows, eps=EPS)
+    results = fused_norm.add_norm(x, out, (gates, 5), param, time, rows, eps=EPS, tokens_first=tokens_first)
     arguments = [y.astype(jnp.float32) for y in (x, out, gates, param, time)]
-    for result, plain in zip(results, fused_norm.plain_add_norm(5, rows, EPS, *arguments), strict=True):
+    how = fused_norm.How(5, rows, EPS, tokens_first)
+    for result, plain in zip(results, fused_norm.plain_add_norm(how, *arguments), strict=True):
         assert relative(result, plain) < 4e-3
 
 
@@ -87,12 +94,15 @@ def test_kernels_lower_for_a_gpu():
 
     def layers(x, out, param, time):
         for i in range(3):
-            x, y = fused_norm.add_norm(x, out, (param, 2), tuple(param[:2]), time, None, eps=EPS)
+            affine = tuple(param[:2])
+            x, y = fused_norm.add_norm(x, out, (param, 2), affine, time, None, eps=EPS, tokens_first=True)
             x, y = fused_norm.add_norm(x, y, (param, 5), param, time, Rows(1, 0), eps=EPS)
             out = fused_norm.add_norm(x, None, None, param, time, Rows(4, 3), eps=EPS)[1] + i * y
+            out = out.swapaxes(1, 2)
         return x, out
 
     E = 1536
-    x, param, time = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((1, 3, 1560, E), (6, E), (1, 3, 6, E)))
-    text = jax.jit(layers).trace(x, x, param, time).lower(lowering_platforms=("cuda",)).as_text()
+    shapes = (1, 3, 1560, E), (1, 1560, 3, E), (6, E), (1, 3, 6, E)
+    x, out, param, time = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes)
+    text = jax.jit(layers).trace(x, out, param, time).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 3
