@@ -51,7 +51,7 @@ def attend(
     (B, T, N, _), K = q.shape, k.shape[1]
     plan = Plan.cheapest(T, B * N, K, processors, may_be_short=queries is not None)
     short = None
-    if queries is not None and plan.can_be_short:
+    if plan.may_be_short:
         short = queries <= (plan.tiles - 1) * TILE
     q = jnp.pad(q, ((0, 0), (0, -T % 8), (0, 0), (0, 0)))  # the copy engine wants eights of rows
     log_times = None
@@ -102,8 +102,8 @@ def _runs(plan, short, outs, lses, no_keys):
 @functools.partial(jax.jit, static_argnames=("plan", "no_keys"))
 def forward(q, k, v, length, log_times, short, *, plan: Plan, no_keys: float):
     """The kernel. T and K are multiples of 8. The last of `length` (int32 [1]) keys stands for as many as `log_times`
-    (float32 [1], or None for one) is the logarithm of. `short` (bool [], or None for False) leaves out the last tile of
-    every head, where `plan` may be.
+    (float32 [1], or None for one) is the logarithm of. `short` (bool [], None where `plan` is not for it) says that the
+    last tile of every head has no queries.
 
     Returns out [B, T, N, D], undefined where tiles are shared, and lse [B, N, whole * 128] of whole tiles (both smaller
     and undefined where there are none). Of shared ones each run's fp32 out [runs, B, shared * 128, N, D] and lse [runs,
@@ -134,9 +134,9 @@ def forward(q, k, v, length, log_times, short, *, plan: Plan, no_keys: float):
             jax.ShapeDtypeStruct((plan.runs, B, plan.shared * TILE, N), jnp.float32),
         ]
     repeats = [] if log_times is None else [log_times]
-    borders = plan.borders()
-    if short is not None:
-        borders = jnp.where(short, plan.borders(short=True), borders)
+    borders, shorts = plan.borders(), []
+    if plan.may_be_short:
+        borders, shorts = jnp.where(short, plan.borders(short=True), borders), [short.astype(jnp.int32)[None]]
     kernel = functools.partial(_kernel, plan=plan, no_keys=no_keys, repeats=bool(repeats))
     return plgpu.kernel(
         mosaic.named(kernel, NAME),
@@ -151,7 +151,7 @@ def forward(q, k, v, length, log_times, short, *, plan: Plan, no_keys: float):
         # Rows are reduced within a warp, which needs no scratch.
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
         kernel_name=NAME,
-    )(q, k, v, length, jnp.asarray(borders), *repeats)
+    )(q, k, v, length, jnp.asarray(borders), *shorts, *repeats)
 
 
 def _swizzled(shape, dtype):
@@ -183,6 +183,7 @@ def load(source, smem, ready, free, step, together):
 
 
 def _kernel(q_ref, k_ref, v_ref, length_ref, borders_ref, *refs, plan, no_keys, repeats, **scratch):
+    short_ref, refs = (refs[0], refs[1:]) if plan.may_be_short else (None, refs)
     log_times_ref, refs = (refs[0], refs[1:]) if repeats else (None, refs)
     out_ref, lse_ref, *shared_refs = refs
     q_smem, k_smem, v_smem, out_smem, lse_smem = (
@@ -199,7 +200,8 @@ def _kernel(q_ref, k_ref, v_ref, length_ref, borders_ref, *refs, plan, no_keys, 
 
     def find(index):
         """The place of the `index`th tile."""
-        return plan.place(cluster, side, index, borders_ref[cluster], borders_ref[cluster + 1])
+        stretch = borders_ref[cluster], borders_ref[cluster + 1]
+        return plan.place(cluster, side, index, *stretch, short_ref[0] if plan.may_be_short else 0)
 
     def walk(index):
         """Where the `index`th tile is, the last step of its keys, how many there are, and how many keys are valid in

@@ -9,8 +9,8 @@ tiles of every head are laid in a row, keys behind keys, and a cluster gets the 
 the rest of a pair that others have begun, or the beginning of one, or both (stream-K, arXiv:2301.03598). What several
 find for the same queries is merged.
 
-Where queries may be `short`, which is known only when the kernel runs, the last tile of every head may have none. The
-pairs of these tiles are then left out, and shares are even without them.
+Queries can be `short`, which is known only when the kernel runs: the last tile of every head has none. One tile of a
+head fewer is then shared, and shares are even without it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ PARTS = 1024  # of the keys of a shared pair, in which stretches are counted
 # merge costs, and what it costs for every run of every tile.
 TILE_COST, MERGE_COST, RUN_COST = 300, 450, 3
 MOST = 8  # clusters for each pair that there is: more find too little to do
+MOST_FOR_SHORT = 1.02  # of the cost, for a plan that serves short queries too
 
 
 class Place(NamedTuple):
@@ -54,32 +55,32 @@ class Place(NamedTuple):
 
 class Plan(NamedTuple):
     """In each of `heads` (all samples' together), the last `shared` of `tiles` are walked by several of `clusters`, the
-    others by one."""
+    others by one. `may_be_short`: it serves short queries too."""
 
     tiles: int
     heads: int
     shared: int
     clusters: int
+    may_be_short: bool = False
 
     @classmethod
     def cheapest(
         cls, queries: int, heads: int, keys: int, processors: int, *, may_be_short: bool = False
     ) -> Plan:
-        """The plan that ends first, for `queries` of `heads` over `keys`."""
+        """The plan that ends first, for `queries` of `heads` over `keys`; where these `may_be_short`, one for that too
+        unless it ends later."""
         tiles = -(-queries // TILE)
         room = max(processors // CLUSTER, 1)
         alone = cls(tiles, heads, 0, min(room, _pairs(tiles, heads)))
         room = min(room, MOST * _pairs(tiles, heads))
         plans = [cls(tiles, heads, shared, room) for shared in range(1, tiles + 1)]
-        plans = [alone, *(plan for plan in plans if plan._is_even())]
+        plans = [plan for plan in plans if plan._is_even()]
+        best = min([alone, *plans], key=lambda plan: plan._cost(keys))
         if may_be_short:
-            plans = [plan for plan in plans if plan.can_be_short] or plans
-        return min(plans, key=lambda plan: plan._cost(keys))
-
-    @property
-    def can_be_short(self) -> bool:
-        """Whether it suits short queries too: the last tiles of heads are shared, and in pairs of their own."""
-        return self.shared % CLUSTER != 0 and self._is_even(short=True)
+            for_short = [plan._replace(may_be_short=True) for plan in plans if plan._is_even(short=True)]
+            as_good = [plan for plan in for_short if plan._cost(keys) <= MOST_FOR_SHORT * best._cost(keys)]
+            best = min(as_good, key=lambda plan: plan._cost(keys), default=best)
+        return best
 
     def _is_even(self, *, short: bool = False) -> bool:
         """Whether no cluster has more whole pairs than its share."""
@@ -133,18 +134,19 @@ class Plan(NamedTuple):
     @property
     def runs(self) -> int:
         """The most clusters that walk one shared pair."""
-        walkers = self._walkers() + (self._walkers(short=True) if self.can_be_short else [])
+        walkers = self._walkers() + (self._walkers(short=True) if self.may_be_short else [])
         return max(map(len, walkers), default=1)
 
     def is_run(self, *, short: bool = False) -> np.ndarray:
         """Which runs of shared tiles there are, bool [runs, heads, shared]; the others are undefined."""
         found = np.zeros((self.runs, self.heads, self.shared), bool)
-        pairs_of_head = self.shared // CLUSTER
+        tiles = self.shared - short
+        pairs_of_head = tiles // CLUSTER
         for pair, clusters in enumerate(self._walkers(short=short)):
             first, head = divmod(pair, self.heads)
             at = np.s_[head, first * CLUSTER : (first + 1) * CLUSTER]
             if first == pairs_of_head:
-                at = np.s_[head * CLUSTER : (head + 1) * CLUSTER, -1]
+                at = np.s_[head * CLUSTER : (head + 1) * CLUSTER, tiles - 1]
             for cluster in clusters:
                 found[cluster % self.runs][at] = True
         return found
@@ -156,8 +158,8 @@ class Plan(NamedTuple):
         first, behind = self._stretch(begin, end)
         return self._wholes(cluster) + behind - first
 
-    def place(self, cluster, side, index, begin, end) -> Place:
-        """Of block `side` of a cluster, for the pair that is the `index`th it walks.
+    def place(self, cluster, side, index, begin, end, short=0) -> Place:
+        """Of block `side` of a cluster, for the pair that is the `index`th it walks; `short` is 0 or 1.
 
         So that keys are read from the L2 cache, whole pairs of one head are neighbours, and walked at once. Of shared
         pairs, which begin at different keys, those of all heads are neighbours: between two pairs of one head lies
@@ -168,7 +170,7 @@ class Plan(NamedTuple):
         pair = jnp.where(
             shared, self._stretch(begin, end)[0] + index - wholes, index * self.clusters + cluster
         )
-        tiles = jnp.where(shared, self.shared, self.whole)
+        tiles = jnp.where(shared, self.shared - short, self.whole)
         of_head = lax.div(tiles, CLUSTER)
         together = pair < self.heads * of_head
         row = jnp.where(shared, self.heads, jnp.maximum(of_head, 1))

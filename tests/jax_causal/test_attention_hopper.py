@@ -1,5 +1,7 @@
 """The Hopper kernel from outside: that it lowers for a GPU, and what is done with that which it returns."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from jax_causal import attention_hopper
 from jax_causal.attention import attention, merge
 from tests.jax_causal.test_attention import H200, error, random, reference
 
-PLANS = [(3, 6, 0, 5), (3, 6, 1, 4), (3, 6, 2, 5), (3, 6, 3, 7)]
+PLANS = [(3, 6, 0, 5), (3, 6, 1, 4), (3, 6, 2, 5), (3, 6, 3, 7), (3, 6, 2, 6, True), (3, 6, 3, 7, True)]
 
 
 @pytest.mark.parametrize(
@@ -52,8 +54,10 @@ def replaced_hopper_kernel(monkeypatch, request):
     """With this plan, the kernel is replaced by what it is documented to return. A list of how many keys it read."""
     lengths = []
 
-    def kernel(q, k, v, length, log_times, *, plan, no_keys):
+    def kernel(q, k, v, length, log_times, short, *, plan, no_keys):
         (B, T, N, D), first, last = q.shape, plan.whole * 128, int(length[0])
+        assert (short is None) == (not plan.may_be_short)
+        is_run = plan.is_run(short=bool(short))
         lengths.append(last)
         times = 1 if log_times is None else round(float(np.exp(log_times[0])))
         assert T % 8 == 0
@@ -78,7 +82,7 @@ def replaced_hopper_kernel(monkeypatch, request):
             outs = np.full((plan.runs, B, plan.shared * 128, N, D), np.nan)
             lses = np.full((plan.runs, B, plan.shared * 128, N), np.nan)
             for head, tile in np.ndindex(plan.heads, plan.shared):
-                runs = np.flatnonzero(plan.is_run()[:, head, tile])
+                runs = np.flatnonzero(is_run[:, head, tile])
                 sample, n = divmod(head, N)
                 rows = slice(first + tile * 128, first + tile * 128 + 128)
                 for i, r in enumerate(runs):
@@ -91,8 +95,29 @@ def replaced_hopper_kernel(monkeypatch, request):
 
     plan = attention_hopper.Plan(*request.param)
     monkeypatch.setattr(attention_hopper, "forward", kernel)
-    monkeypatch.setattr(attention_hopper.Plan, "cheapest", lambda *args: plan)
+    cheapest = functools.partial(_cheapest, plan)
+    monkeypatch.setattr(attention_hopper.Plan, "cheapest", cheapest)
     return lengths
+
+
+def _cheapest(plan, *sizes, may_be_short):
+    return plan._replace(may_be_short=plan.may_be_short and may_be_short)
+
+
+@pytest.mark.usefixtures("replaced_hopper_kernel")
+@pytest.mark.parametrize("wanted", [0, 1, 256, 257, 313])
+@pytest.mark.parametrize("length", [0, 130, 320])
+def test_queries_that_are_not_wanted_may_be_left_out(length, wanted):
+    q, k, v = random(9, (2, 313, 3, 8), (2, 320, 3, 8), (2, 320, 3, 8))
+    out, lse = attention_hopper.attend(
+        q, k, v, length, queries=jnp.int32(wanted), no_keys=attn.NO_KEYS, merge=merge, processors=132
+    )
+    assert np.isfinite(out).all()
+    assert np.isfinite(lse).all()
+    if length:
+        expected_out, expected_lse = reference(q, k, v, length)
+        np.testing.assert_allclose(out[:, :wanted], expected_out[:, :wanted], atol=2e-6)
+        np.testing.assert_allclose(lse[:, :, :wanted], expected_lse[:, :, :wanted], atol=2e-6)
 
 
 @pytest.mark.usefixtures("replaced_hopper_kernel")
