@@ -15,12 +15,8 @@ from jax_causal.config import TransformerConfig
 from jax_causal.parallel import Parallel
 
 ACTIVATION = ("batch", "frames", "tokens", "embed")
-TOKENS_FIRST = (
-    "batch",
-    "tokens",
-    "frames",
-    "embed",
-)  # what `Parallel.attend_product` gives, so that padding comes last
+# What comes out of `Parallel.attend_product`, with heads joined: a device's padding is behind all it has.
+TOKENS_FIRST = ("batch", "tokens", "frames", "embed")
 
 
 def layer_norm(x, eps: float):

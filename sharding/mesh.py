@@ -13,19 +13,20 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from jax_causal.attention_plan import TILE
+
 SEQ, HEADS = "seq", "heads"
 TOKENS = (SEQ, HEADS)  # the axes that a frame's tokens are sharded over, major first
 
 # Rows in eights suit tensor cores: others XLA copies into eights before every product.
 ROW_MULTIPLE, MOST_PADDING = 8, 0.03
-TILE = 128  # queries that attention takes at once: fewer take it as long
 
 
 def rows_of_share(tokens: int, devices: int, *, short_last: bool = False) -> int:
     """Rows of each frame on one of so many devices, padding included; in eights where that adds 3 % at most.
 
-    With `short_last`, and where it adds no more either, the last device has whole tiles of queries, and each of the
-    others a little more than without.
+    Attention takes as long with a few queries of a tile as with all. With `short_last`, and where that adds no more
+    either, the last device has whole tiles, and what is left of one is the others'.
     """
     rows = -(-tokens // devices)
     rounded = _rounded(rows)

@@ -33,7 +33,7 @@ from jax_causal import attention, attention_hopper, environment
 from tests.gpu import compiled_for
 
 PROCESSORS, ROWS, HEADS, HEAD_DIM = 132, 4680, 12, 128
-HALF = 2352  # rows of one of two devices
+HALF = 2376  # rows of the first of two devices
 DTYPE = jnp.bfloat16
 SETS = 4  # of keys, which take turns, so that they come from memory as in a model
 TOTAL_S, CHILD_S, REFERENCE_S = 150, 40, 40

@@ -11,11 +11,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jax_causal import fused_norm, fused_rotation, peer_memory, rollout, transformer
+from jax_causal.attention import attention
 from jax_causal.config import PRESETS
 from jax_causal.parallel import SingleDevice
 from jax_causal.peer_memory import Peers
 from jax_causal.rollout import RolloutSpec
-from sharding import SequenceParallel, direct
+from sharding import SequenceParallel, causal_rope_sp, direct
 from sharding.hlo import Program
 from sharding.mesh import SEQ, make_mesh
 from sharding.sequence_parallel import Sharded
@@ -122,21 +123,55 @@ def test_a_pass_begins_with_counts_that_are_zero_once_hosts_have_met(peers, devi
     assert pairs.count("{") == devices
 
 
-def _gradients(parallel):
-    """Of a block after another one, with respect to parameters and noise; through the cache of the first."""
+def _two_blocks(parallel):
+    """Parameters, noise, and a function of both: what is predicted for a block and for the next, through the cache."""
     spec = RolloutSpec.create(seeded.CONFIG, seeded.SAMPLER, GRID, 2 * FRAMES, parallel=parallel)
     params = transformer.unroll(transformer.init(seeded.CONFIG, jax.random.key(0)))
     params = jax.device_put(params, spec.parallel.shardings(params))
     noise = rollout.to_tokens(spec, seeded.latents(spec, 1, FRAMES))
 
-    def loss(params, noise):
-        text, total = seeded.text(spec, params, 1), 0.0
+    def predict(params, noise):
+        text, found = seeded.text(spec, params, 1), []
         cache = rollout.init_cache(spec, 1, jnp.float32, stacked=False)
         for block in range(2):
             place = spec.place(block * FRAMES, FRAMES)
             _, x0, cache = rollout.predict(spec, params, cache, text, noise, jnp.float32(500), place)
-            total += jnp.mean(jnp.square(rollout.from_tokens(spec, x0)))
-        return total
+            found.append(rollout.from_tokens(spec, x0))
+        return jnp.stack(found)
+
+    return spec, params, noise, predict
+
+
+@pytest.mark.parametrize(("devices", "padding"), [(3, []), (7, [0, 4 * FRAMES])])
+def test_queries_that_attention_may_leave_out_are_padding(peers, monkeypatch, devices, padding):
+    """What comes out for them is replaced, and the rest stays right; the last of 7 devices has nothing else."""
+    left_out = set()
+
+    def attend(q, *keys, queries=None, **options):
+        out = attention(q, *keys, **options)
+        if queries is None:
+            return out
+        jax.debug.callback(lambda count: left_out.add(int(count)), q.shape[1] - queries)
+        return jnp.where(jnp.arange(q.shape[1])[:, None, None] < queries, out, 7)
+
+    monkeypatch.setattr(causal_rope_sp, "attention", attend)
+    _, params, noise, predict = _two_blocks(SingleDevice(unroll=True))
+    expected = jax.jit(predict)(params, noise)
+    _, params, noise, predict = _two_blocks(
+        SequenceParallel(devices, "gather", unroll=True).for_model(seeded.MODEL)
+    )
+    np.testing.assert_allclose(jax.jit(predict)(params, noise), expected, atol=1e-5)
+    jax.effects_barrier()
+    assert peers
+    assert left_out == set(padding)
+
+
+def _gradients(parallel):
+    """With respect to parameters and noise."""
+    spec, params, noise, predict = _two_blocks(parallel)
+
+    def loss(params, noise):
+        return jnp.square(predict(params, noise)).mean((1, 2, 3, 4, 5)).sum()
 
     by_params, by_noise = jax.jit(jax.grad(loss, (0, 1)))(params, noise)
     return jax.tree.map(np.asarray, (by_params, rollout.from_tokens(spec, by_noise)))

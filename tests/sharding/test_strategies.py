@@ -177,6 +177,23 @@ def test_rows_in_eights_where_that_adds_little(tokens, devices, rows):
     assert rows * devices >= tokens
 
 
+@pytest.mark.parametrize(
+    ("tokens", "devices", "rows", "last"),
+    [
+        (1560, 1, 1560, 1560),
+        (1560, 2, 792, 768),  # 6 tiles of 128
+        (1560, 4, 392, 384),
+        (1560, 8, 200, 160),  # 128 on the last would be 208 on the others, 6 % more
+        (3600, 2, 1808, 1792),
+        (420, 2, 216, 204),
+        (24, 4, 6, 6),
+    ],
+)
+def test_the_last_share_has_whole_tiles_where_that_adds_little(tokens, devices, rows, last):
+    assert rows_of_share(tokens, devices, short_last=True) == rows
+    assert tokens - (devices - 1) * rows == last
+
+
 def test_formulas_with_short_shares_by_hand():
     """10 tokens on 4 devices: 3 rows each, 2 of them padding; 2 frames, 4 heads of 4 channels, float32."""
     config = TransformerConfig(dim=16, num_layers=2, num_heads=4, ffn_dim=64)
