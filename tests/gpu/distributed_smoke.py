@@ -22,7 +22,6 @@ LIMIT_S = 400
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--preset", default="tiny")
     parser.add_argument("--strategy", default="gather")
     parser.add_argument(
         "--worker", nargs=3, metavar=("OUT", "PROCESS", "PORT"), help="used by the script itself"
@@ -44,7 +43,7 @@ def _work(args, out: str, process: str, port: str) -> None:
     with place:
         from jax_causal import Pipeline
 
-        pipe = Pipeline.random(args.preset, parallel=SequenceParallel(2, args.strategy), window=6)
+        pipe = Pipeline.random("tiny", parallel=SequenceParallel(2, args.strategy), window=6)
         if out != "endless":
             pipe("a red ball", num_frames=21, seed=3).save(out)
             return
@@ -62,7 +61,7 @@ def _processes(args, out, count):
         environ = dict(os.environ, JAX_NUM_CPU_DEVICES=str(2 // count), NPROC="16")
         if count > 1:
             environ["CUDA_VISIBLE_DEVICES"] = str(process)
-        command = [sys.executable, __file__, "--preset", args.preset, "--strategy", args.strategy]
+        command = [sys.executable, __file__, "--strategy", args.strategy]
         command += ["--worker", str(out), str(process), str(port)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         started.append(subprocess.Popen(command, env=environ, **pipes))
