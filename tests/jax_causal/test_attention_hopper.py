@@ -106,7 +106,7 @@ def _cheapest(plan, *sizes, may_be_short):
 
 @pytest.mark.usefixtures("replaced_hopper_kernel")
 @pytest.mark.parametrize("wanted", [0, 1, 256, 257, 313])
-@pytest.mark.parametrize("length", [0, 130, 320])
+@pytest.mark.parametrize("length", [0, 300])
 def test_queries_that_are_not_wanted_may_be_left_out(length, wanted):
     q, k, v = random(9, (2, 313, 3, 8), (2, 320, 3, 8), (2, 320, 3, 8))
     out, lse = attention_hopper.attend(
