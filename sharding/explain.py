@@ -205,7 +205,7 @@ def _dealt(plan: Plan) -> str:
     text = f"{shares.rows} on each device"
     if full < devices:
         empty = devices - full - (rest > 0)
-        text = f"{shares.rows} on each of {_count(full, 'device')}"
+        text = f"{shares.rows} on " + ("the first device" if full == 1 else f"each of {full} devices")
         text += f", {rest} on the next" * (rest > 0) + f", none on the last {empty}" * (empty > 0)
         text += f"; {_count(shares.padded - plan.work.tokens, 'row')} of padding, never a key"
     return text

@@ -102,6 +102,11 @@ def test_report(tmp_path, capsys):
         (5, (), "28 a frame: 6 on each of 4 devices, 4 on the next; 2 rows of padding, never a key"),
         (16, (), "28 a frame: 2 on each of 14 devices, none on the last 2; 4 rows of padding, never a key"),
         (7, (), "28 a frame: 4 on each device"),
+        (
+            2,
+            ("--height", 80),
+            "35 a frame: 18 on the first device, 17 on the next; 1 row of padding, never a key",
+        ),
         (2, ("--window", 3), "3 latent frames; a device holds 14 of 28 tokens a frame"),
     ],
 )
