@@ -29,7 +29,7 @@ PARTS = 1024  # of the keys of a shared pair, in which stretches are counted
 # merge costs, and what it costs for every run of every tile.
 TILE_COST, MERGE_COST, RUN_COST = 300, 450, 3
 MOST = 8  # clusters for each pair that there is: more find too little to do
-# Of the cheapest plan's cost, for one that serves short queries too: the devices whose queries are not short set the pace.
+# Of the cheapest plan's cost, for one that serves short queries too: devices that have all their queries set the pace.
 MOST_FOR_SHORT = 1.02
 
 
